@@ -1,0 +1,317 @@
+"""
+Measure a config on this machine: training tokens/s and MFU, prefill and decoding tokens/s, peak memory.
+
+    python bench.py                             # the default model
+    python bench.py config/tinystories.py --batch_size=8 --profile
+    python bench.py --compare                   # and transformers' GptOss and GPT-2 on the same work, where installed
+
+Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too; with --compare
+the implementations take turns, so that a machine that slows down slows all of them. The numbers also go to a JSON file.
+"""
+
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import config
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+rounds = 3  # processes whose median is taken
+steps = 5  # training steps in a round, after two that are not counted
+prompt_tokens = 64  # length of the prompt that prefill and decoding start from
+new_tokens = 256  # tokens to decode
+decode_batch = 1  # sequences decoded together
+parts = 'train,prefill,decode'  # what to measure, divided by commas
+profile = False  # print where the time of a training step and of decoding goes
+compare = False  # the works of the README's table, ours beside its peers
+works = 'all'  # with compare: which rows, divided by commas
+json_file = 'bench.json'  # where the numbers go; empty: nowhere
+# and every setting of train.py and GPTConfig: the model's shape, batch_size, block_size, device, dtype, compile ...
+# -----------------------------------------------------------------------------
+
+PEAK_FLOPS = {  # dense bf16 (V100, T4: fp16) of the data sheets, by a part of the device's name; the first that fits counts
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A6000': 155e12, 'A10': 125e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12,
+    'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+
+
+def pick_device(device, dtype):
+    """The torch device and the name of the dtype to compute in, where they were left to us ('auto')."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        config.fail(f'device {device!r} cannot be used here: {str(error).splitlines()[0]}')
+    if dtype == 'auto':
+        if device.startswith('cuda'):
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        else:  # on CPUs bf16 is fast where the hardware multiplies it, and up to a hundred times slower than fp32 elsewhere
+            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            dtype = 'bfloat16' if device == 'cpu' and fast else 'float32'
+    if dtype not in ('bfloat16', 'float16', 'float32'):
+        config.fail(f'dtype is {dtype!r}; it is auto, bfloat16, float16 or float32')
+    return device, dtype
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that MFU is measured against: from the data sheet of a GPU (None if we do not know it), measured on a CPU."""
+    if device.startswith('cuda'):
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if dtype != 'float32' else None
+    if device != 'cpu':
+        return None
+    size, seconds = 256, 0.0
+    while seconds < 0.05 and size < 4096:  # grow until the clock and the caches do not matter
+        size *= 2
+        a = torch.ones(size, size, dtype=getattr(torch, dtype))
+        a @ a
+        began = time.perf_counter()
+        a @ a
+        seconds = time.perf_counter() - began
+    return 2 * size ** 3 / seconds
+
+
+# --- one measurement, in a process of its own -----------------------------------------------------------------------
+
+def build(job):
+    """The model of a job: ours, or a peer of the same shape from transformers. All give (logits or None, loss)."""
+    shape = job['shape']
+    torch.manual_seed(0)
+    if job['model'] == 'ours':
+        return GPT(GPTConfig(**shape))
+    if job['model'] == 'transformers GptOss':
+        from transformers import GptOssConfig, GptOssForCausalLM
+        shape = {key: value for key, value in shape.items() if key in GptOssConfig().to_dict()}
+        return GptOssForCausalLM._from_config(GptOssConfig(**shape), experts_implementation=job['experts'])
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel._from_config(GPT2Config(
+        vocab_size=shape['vocab_size'], n_embd=shape['hidden_size'], n_layer=shape['num_hidden_layers'],
+        n_head=shape['num_attention_heads'], n_positions=job['block_size'] + job['new_tokens'], resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0), attn_implementation='sdpa')
+
+
+def peak_memory(device):
+    """Bytes, at the highest."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def synchronize(device):
+    if device != 'cpu':
+        getattr(torch, device.partition(':')[0]).synchronize()
+
+
+def timed(function, device, times):
+    """Median seconds of calls of function."""
+    seconds = []
+    for _ in range(times):
+        synchronize(device)
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def measure(job):
+    """Run a job and return its numbers. It must be picklable and starts in a fresh process."""
+    device, dtype = job['device'], getattr(torch, job['dtype'])
+    kind, ours = device.partition(':')[0], job['model'] == 'ours'
+    model, result = build(job).to(device), {}
+    B, T, vocab = job['batch_size'], job['block_size'], job['shape']['vocab_size']
+    if job['part'] in ('train', 'forward'):
+        training = job['part'] == 'train'
+        run = torch.compile(model) if job['compile'] else model
+        if ours:
+            optimizer = model.configure_optimizer(1e-4, (0.9, 0.95), 0.1)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        tokens = torch.randint(vocab, (B, T + 1), device=device)
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        def step():
+            with torch.autocast(kind, dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(training):
+                if ours:
+                    loss = run(x, y, return_logits=False)[1]
+                else:  # shift_labels: targets that are shifted already
+                    loss = torch.nn.functional.cross_entropy(run(x).logits.flatten(0, 1).float(), y.flatten())
+            if training:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        for _ in range(2 if job['steps'] > 1 else 0):
+            step()
+        result['tokens_per_second'] = B * T / timed(step, device, job['steps'])
+        if ours and training and (peak := peak_flops(device, job['dtype'])):
+            result['mfu'] = model.flops_per_token(T) * result['tokens_per_second'] / peak
+    else:
+        model = model.eval().to(dtype)
+        prompt = torch.randint(vocab, (B, job['prompt_tokens']), device=device)
+        def decode(new):
+            if ours:
+                model.generate(prompt, new, temperature=0)
+            else:
+                model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        step = lambda: decode(job['new_tokens'])
+        decode(8)
+        prefill = timed(lambda: decode(1), device, 5)
+        if job['part'] == 'prefill':
+            result['tokens_per_second'] = prompt.numel() / prefill
+        else:
+            result['tokens_per_second'] = B * (job['new_tokens'] - 1) / (timed(step, device, 2) - prefill)
+    result['memory'] = peak_memory(device)
+    if job['profile'] and job['part'] != 'prefill':
+        with torch.profiler.profile() as profiler:
+            step()
+        table = profiler.key_averages()
+        device_time = lambda event: event.self_cpu_time_total if kind == 'cpu' else event.self_device_time_total
+        total = sum(map(device_time, table))
+        matmuls = sum(device_time(event) for event in table if event.key in MATMULS or 'gemm' in event.key)
+        result['matmul_share'] = matmuls / total
+        print(f'{job["part"]}: matmuls take {matmuls / total:.0%} of the time')
+        print(table.table(sort_by=f'self_{"cpu" if kind == "cpu" else "device"}_time_total', row_limit=15, max_name_column_width=40))
+    return result
+
+
+MATMULS = ['aten::' + name for name in ('mm', 'addmm', 'bmm', 'baddbmm', '_grouped_mm', 'mkldnn_linear')]
+
+
+def measure_prepare(job):
+    """Tokenise a file of stories of this many megabytes with o200k_harmony: prepare.py from file to bins, or tiktoken's own
+    encode_ordinary_batch on documents that are in memory already."""
+    import tempfile
+    import prepare
+    texts = [story for story, _ in prepare.builtin_stories(job['megabytes'], 0)]
+    with tempfile.TemporaryDirectory() as folder:
+        if job['model'] == 'ours':
+            file = Path(folder, 'stories.jsonl')
+            with open(file, 'w') as lines:
+                for text in texts:
+                    lines.write(json.dumps(dict(text=text)) + '\n')
+            size = sum(len(text.encode()) for text in texts)
+            del texts
+            vars(prepare).update(dataset=str(file), data_dir=folder)
+            began = time.perf_counter()
+            prepare.main()
+        else:
+            import tiktoken
+            encoder, size = tiktoken.get_encoding('o200k_harmony'), sum(len(text.encode()) for text in texts)
+            began = time.perf_counter()
+            encoder.encode_ordinary_batch(texts, num_threads=torch.get_num_threads())
+        return dict(bytes_per_second=size / (time.perf_counter() - began), memory=peak_memory('cpu'))
+
+
+# --- tables of measurements ------------------------------------------------------------------------------------------
+
+SMALL = dict(num_local_experts=8, num_experts_per_tok=2, head_dim=64)
+CHAR = SMALL | dict(vocab_size=128, num_hidden_layers=6, hidden_size=384, num_attention_heads=6, num_key_value_heads=2,
+                    intermediate_size=384)
+LONG = SMALL | dict(vocab_size=512, num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_key_value_heads=1,
+                    intermediate_size=128)
+WORKS = {  # what --compare measures
+    'train char': dict(part='train', shape=CHAR, batch_size=16, block_size=256),
+    'train 50k': dict(part='train', batch_size=8, block_size=512, steps=2, shape=SMALL | dict(
+        vocab_size=50304, num_hidden_layers=8, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, intermediate_size=512)),
+    'train 201k': dict(part='train', batch_size=4, block_size=512, steps=2, shape=SMALL | dict(
+        vocab_size=201088, num_hidden_layers=6, hidden_size=384, num_attention_heads=6, num_key_value_heads=2, intermediate_size=384,
+        tie_word_embeddings=True)),
+    'decode 1': dict(part='decode', shape=CHAR, batch_size=1),
+    'decode 8': dict(part='decode', shape=CHAR, batch_size=8),
+    **{f'{part} {length}': dict(part=part, shape=LONG, batch_size=1, block_size=length, steps=1, models=['ours'])
+       for part in ('forward', 'train') for length in (4096, 8192, 16384, 32768)},
+    **{f'prepare {size} MB': dict(part='prepare', megabytes=size, models=['ours', 'tiktoken']) for size in (10, 40)},
+}
+PEERS = ['ours', 'transformers GptOss', 'transformers GPT-2']
+
+
+def in_fresh_process(job):
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(measure_prepare if job['part'] == 'prepare' else measure, (job,))
+
+
+def median_of_rounds(jobs):
+    """The jobs in turn, as often as rounds says; the median of every number of each."""
+    results = [[] for _ in jobs]
+    for turn in range(rounds):
+        for job, result in zip(jobs, results):
+            result.append(in_fresh_process(job | dict(profile=job['profile'] and turn == 0)))
+    return [{key: statistics.median(r[key] for r in result if key in r) for key in result[0]} for result in results]
+
+
+def print_table(rows):
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    show = {'tokens_per_second': '{:,.0f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}', 'ours_is': '{:.2f} x',
+            'bytes_per_second': '{:,.0f}'}
+    head = {'tokens_per_second': 'tokens/s', 'memory': 'peak GB', 'ours_is': 'ours is', 'matmul_share': 'matmuls', 'mfu': 'MFU',
+            'bytes_per_second': 'bytes/s'}
+    print('| ' + ' | '.join(head.get(c, c) for c in columns) + ' |\n|' + '---|' * len(columns))
+    for row in rows:
+        print('| ' + ' | '.join(show.get(c, '{}').format(row[c]) if c in row else '' for c in columns) + ' |')
+
+
+def main(settings):
+    where, kind = pick_device(settings['device'], settings['dtype'])
+    for key in ('rounds', 'steps', 'prompt_tokens', 'decode_batch', 'batch_size', 'block_size'):
+        if settings[key] < 1 or new_tokens < 2:
+            config.fail(f'{key} is {settings[key]} and new_tokens {new_tokens}; they must be at least 1 and 2')
+    use_compile = where.startswith('cuda') if settings['compile'] is None else settings['compile']
+    common = dict(device=where, dtype=kind, compile=use_compile, steps=steps, profile=profile, prompt_tokens=prompt_tokens,
+                  new_tokens=new_tokens, block_size=settings['block_size'], model='ours', experts='grouped_mm')
+    rows = []
+    if compare:
+        chosen = WORKS if works == 'all' else {name: WORKS.get(name) for name in works.split(',')}
+        if None in chosen.values():
+            config.fail(f'works is {works!r}; there are {", ".join(WORKS)}')
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            print('transformers is not installed, so ours stands alone: pip install transformers')
+            PEERS[1:] = []
+        for name, work in chosen.items():
+            jobs = [common | work | dict(model=model) for model in work.get('models', PEERS)]
+            results = median_of_rounds(jobs)
+            for job, result in zip(jobs, results):
+                speed = next(key for key in result if key.endswith('_per_second'))
+                rows.append(dict(work=name, model=job['model'], **result, ours_is=results[0][speed] / result[speed]))
+                rows[-1]['memory'] /= 1e9
+                print(rows[-1], file=sys.stderr, flush=True)
+    else:
+        shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
+        if not shape['vocab_size']:  # the data's, as in train.py, if the data is there
+            meta = Path(settings['data_dir'], 'meta.json')
+            shape['vocab_size'] = json.loads(meta.read_text())['vocab_size'] if meta.exists() else 1024
+        try:
+            GPTConfig(**shape)
+        except ValueError as error:
+            config.fail(error)
+        for part in parts.split(','):
+            if part not in ('train', 'prefill', 'decode'):
+                config.fail(f'parts is {parts!r}; it takes train, prefill and decode, divided by commas')
+            batch = settings['batch_size'] if part == 'train' else decode_batch
+            result, = median_of_rounds([common | dict(part=part, shape=shape, batch_size=batch)])
+            rows.append(dict(part=part, **result))
+            rows[-1]['memory'] /= 1e9
+    cpu = platform.processor() or platform.machine()
+    machine = torch.cuda.get_device_name(where) if where.startswith('cuda') else f'{torch.get_num_threads()} threads of {cpu}'
+    print(f'\n{machine}, torch {torch.__version__}, {kind}{", compiled" if use_compile else ""}, median of {rounds}\n')
+    print_table(rows)
+    if json_file:
+        Path(json_file).write_text(json.dumps(dict(machine=machine, torch=torch.__version__, dtype=kind, rows=rows), indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    settings, _ = config.read(__file__, model=True, also='train.py')
+    globals().update({key: value for key, value in settings.items() if key in globals()})
+    try:
+        main(settings)
+    except KeyboardInterrupt:
+        raise SystemExit(130)

@@ -1,0 +1,145 @@
+"""
+The one reader of settings, shared by all scripts: plain assignments near the top of a script, then config files, then flags.
+
+    python SCRIPT [config/NAME.py ...] [--key=value ...]
+
+Later wins. A setting is declared once, by a top-level `name = value  # meaning` above the script's first def, and its default's
+type is its type; the fields of GPTConfig are declared the same way in model.py. A config file is Python, run with the settings
+so far in sight. It may hold settings of any of the scripts, so that one file serves prepare, train, sample and bench.
+"""
+
+import ast
+import difflib
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = 'prepare.py', 'train.py', 'sample.py', 'bench.py'
+
+
+def fail(message):
+    """End the script as a user's mistake does: one line that says what was wrong and what to do, exit status 2."""
+    for bar in list(tqdm._instances):  # a progress bar would share its line with the message
+        bar.close()
+    line = ' '.join(str(message).split())
+    print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
+    raise SystemExit(2)
+
+
+def declared(path, class_name=None):
+    """{name: (type, default, meaning)} of the assignments at the top of a script, or of a dataclass in it."""
+    source = path.read_text(encoding='utf-8')
+    lines, body = source.splitlines(), ast.parse(source).body
+    if class_name:
+        body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == class_name).body
+    found = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            break
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            name = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if not isinstance(name, ast.Name) or name.id.isupper():
+                continue  # unpacking, or a constant
+            try:
+                default = ast.literal_eval(node.value)
+            except ValueError:
+                continue  # computed, so no setting
+            annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
+            found[name.id] = annotation, default, lines[node.end_lineno - 1].partition('  # ')[2]
+    return found
+
+
+def convert(key, value, kind):
+    """value, a flag's text or a config file's object, as the type named kind; fails with one line if it is not one."""
+    wanted, _, optional = kind.partition(' | ')
+    if wanted == 'str' and isinstance(value, str):
+        return value
+    result = value
+    if isinstance(value, str):
+        if wanted.startswith('list') and not value.startswith('['):
+            result = value.split(',')
+        else:
+            try:
+                result = ast.literal_eval({'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                fail(f'{key} is {value!r}; it wants {article(kind)}')
+    if result is None and optional:
+        return None
+    number = isinstance(result, int | float) and not isinstance(result, bool) and math.isfinite(result)
+    if wanted == 'float' and number:
+        return float(result)
+    if wanted == 'int' and number and result == int(result):  # 1e5 is a whole number too
+        return int(result)
+    if wanted == 'bool' and isinstance(result, bool):
+        return result
+    if wanted.startswith('list') and isinstance(result, list) and all(isinstance(item, str) for item in result):
+        return result
+    fail(f'{key} is {value!r}; it wants {article(kind)}')
+
+
+def article(kind):
+    example = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'str': 'a string'}
+    return example.get(kind.partition(' | ')[0], 'names divided by commas') + (', or None' if kind.endswith('None') else '')
+
+
+def nearest(key, valid):
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0)
+    return f'did you mean {close[0]}?' if close else ''
+
+
+def read(script, model=False, also=None):
+    """The settings of a script (its __file__) as {name: value}, and the set of names that a file or a flag gave.
+
+    With model=True every field of GPTConfig is a setting too, unless the script declares it with a default of its own, and with
+    `also` so is what another script declares.
+    """
+    fields = declared(ROOT / 'model.py', 'GPTConfig')
+    own = declared(Path(script))
+    for more in ([declared(ROOT / also)] if also else []) + ([fields] if model else []):
+        own |= {key: entry for key, entry in more.items() if key not in own}
+    known = {key: entry for name in SCRIPTS for key, entry in declared(ROOT / name).items()} | own | fields
+    values, given = {key: default for key, (_, default, _) in own.items()}, set()
+    for argument in sys.argv[1:]:
+        if argument in ('--help', '-h'):
+            print(f'python {Path(script).name} [config/NAME.py ...] [--key=value ...]\n')
+            for key, (_, default, meaning) in own.items():
+                print(f'  --{key}={default!r}'.ljust(44) + f'  {meaning or known[key][2]}')
+            raise SystemExit(0)
+        if argument.startswith('--'):
+            key, equals, value = argument[2:].partition('=')
+            key = key.replace('-', '_')
+            if key not in own:
+                fail(f'there is no setting {key!r}; {nearest(key, own)} (--help lists all)')
+            if not equals and own[key][0] == 'bool':  # --overwrite is --overwrite=True
+                equals, value = True, 'True'
+            if not equals:
+                fail(f'--{key} needs a value: --{key}={own[key][1]!r}, for instance')
+            given.add(key)
+            values[key] = convert('--' + key, value, own[key][0])
+        else:
+            for key, value in run_file(argument, values).items():
+                if key not in known:
+                    fail(f'{argument}: there is no setting {key!r}; {nearest(key, known)}')
+                value = convert(f'{argument}: {key}', value, known[key][0])
+                if key in own:
+                    given.add(key)
+                    values[key] = value
+    return values, given
+
+
+def run_file(path, values):
+    """Run a config file with `values` in sight and return what it assigned."""
+    if not Path(path).is_file():
+        fail(f'{path}: no such file; {nearest(path, sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("config/[!_]*.py")))}')
+    names = dict(values)
+    try:
+        tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
+        exec(compile(tree, path, 'exec'), names)
+    except Exception as error:  # whatever a file can raise, the user wants to know the place
+        line = getattr(error, 'lineno', None) or (error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno)
+        fail(f'{path}{f", line {line}" if line else ""}: {type(error).__name__}: {error}')
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {key: names[key] for key in names if key in stored and not key.startswith('_')}

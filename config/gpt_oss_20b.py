@@ -1,0 +1,26 @@
+"""
+The shape of openai/gpt-oss-20b: 20.9 B parameters, 3.6 B of them active for a token. What is not named here (128 keys of sliding
+window, RoPE with YaRN, the SwiGLU's limit, the vocabulary of o200k_harmony) is gpt-oss's in GPTConfig too.
+
+    python sample.py config/gpt_oss_20b.py --start="The capital of France is"     # the published weights
+    python train.py config/gpt_oss_20b.py --data_dir=...                          # more of the same kind, if you have the GPUs
+"""
+
+init_from = 'openai/gpt-oss-20b'  # a hub id, or the folder of a download; scratch trains a new one
+tokenizer = 'o200k_harmony'
+out_dir = 'out-gpt-oss-20b'
+
+vocab_size = 201088
+num_hidden_layers = 24
+num_local_experts = 32
+num_experts_per_tok = 4
+hidden_size = 2880
+intermediate_size = 2880
+num_attention_heads = 64
+num_key_value_heads = 8
+head_dim = 64
+
+batch_size = 1
+block_size = 4096
+gradient_accumulation_steps = 16
+learning_rate = 1e-5

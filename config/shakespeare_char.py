@@ -1,0 +1,32 @@
+"""
+Tiny Shakespeare by character on one GPU, with the settings of nanoGPT's config/train_shakespeare_char.py:
+
+    python prepare.py config/shakespeare_char.py
+    python train.py config/shakespeare_char.py
+    python sample.py config/shakespeare_char.py
+"""
+
+dataset = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+tokenizer = 'char'
+data_dir = 'data/shakespeare_char'
+out_dir = 'out-shakespeare-char'
+start = '\n'
+
+batch_size = 64
+block_size = 256
+num_hidden_layers = 6
+num_attention_heads = 6
+num_key_value_heads = 2
+head_dim = 64
+hidden_size = 384
+intermediate_size = 384  # two experts of 8 are active, so a token meets fewer parameters than in nanoGPT's dense model
+dropout = 0.2
+
+max_iters = 5000
+learning_rate = 1e-3
+min_lr = 1e-4
+lr_schedule = 'cosine'
+warmup_iters = 100
+beta2 = 0.99
+eval_interval = 250
+eval_iters = 20

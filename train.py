@@ -1,0 +1,393 @@
+"""
+Train a GPT-OSS. With no arguments it makes up a corpus of small stories and learns to tell them, in minutes on a laptop's CPU:
+
+    python train.py
+    python train.py config/tinystories.py --batch_size=32
+    python train.py --out_dir=out --init_from=resume
+
+Every setting below is a flag, and so is every field of model.py's GPTConfig; --help lists them all.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+import config
+from bench import peak_flops, pick_device
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# where things are
+out_dir = 'out'  # gets best/ and last/ (checkpoints that transformers loads too), metrics.jsonl and loss.png
+data_dir = 'data/builtin'  # what prepare.py wrote; the default is made on first use
+init_from = 'scratch'  # scratch, resume (the run in out_dir), or the folder or hub id of a checkpoint to start from
+overwrite = False  # replace the run that is in out_dir
+# batches
+batch_size = 16  # sequences that go through the model together
+block_size = 256  # tokens in a sequence
+gradient_accumulation_steps = 1  # batches that make one step
+# the model's shape; the other fields of GPTConfig keep their defaults
+vocab_size = 0  # 0: the tokenizer's
+hidden_size = 128
+intermediate_size = 128
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 32
+router_aux_loss_coef = 0.01
+# AdamW and its schedule
+max_iters = 1000  # optimizer steps in the whole run
+learning_rate = 4e-3  # at its highest
+min_lr = 0.0  # at the end
+warmup_iters = 50  # steps of linear warm-up
+lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then straight down over the cooldown) or constant
+cooldown = 0.7  # share of the run over which the linear schedule comes down
+weight_decay = 0.1  # on matrices only
+beta1 = 0.9  # decay of AdamW's mean of the gradient
+beta2 = 0.95  # decay of its mean of the squared gradient
+grad_clip = 1.0  # the gradient's norm is cut to this; 0: never
+# reports
+eval_interval = 200  # steps between evaluations, at which checkpoints are written
+eval_iters = 20  # validation batches, the same ones each time
+log_interval = 10  # steps between rows of metrics.jsonl
+start = 'Once upon a time'  # what the sample at the end begins with; empty: the end-of-text token
+sample_tokens = 400  # length of that sample; 0: none
+wandb_log = False  # send the numbers to Weights & Biases too
+wandb_project = 'nano-gpt-oss'  # its project
+wandb_run_name = ''  # its name for the run; empty: out_dir
+# the machine
+device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
+dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: the first that the device is fast in
+compile: bool | None = None  # torch.compile; None: on cuda only
+seed = 1337  # of the weights, the batches and dropout
+# -----------------------------------------------------------------------------
+settings, given = config.read(__file__, model=True)
+if settings['init_from'] == 'resume':  # the run's own settings, but for what is asked for now
+    state_file = next((p for p in (Path(settings['out_dir'], d, 'state.json') for d in ('last', 'last.old')) if p.exists()), None)
+    if state_file is None:
+        config.fail(f'{settings["out_dir"]} holds no run to resume')
+    state = json.loads(state_file.read_text())
+    settings |= {key: value for key, value in state['settings'].items() if key not in given and key in settings}
+globals().update(settings)
+
+
+def check(good, message):
+    if not good:
+        config.fail(message)
+
+
+for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval'):
+    check(settings[key] >= 1, f'{key} is {settings[key]}; it must be at least 1')
+for key in ('learning_rate', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'sample_tokens', 'seed', 'vocab_size'):
+    check(settings[key] >= 0, f'{key} is {settings[key]}; it must be 0 or more')
+for key in ('beta1', 'beta2', 'cooldown'):
+    check(0 <= settings[key] < 1 or key == 'cooldown' and settings[key] == 1, f'{key} is {settings[key]}; it must lie between 0 and 1')
+check(lr_schedule in ('cosine', 'linear', 'constant'), f'lr_schedule is {lr_schedule!r}; it is cosine, linear or constant')
+device, dtype = pick_device(device, dtype)
+device_type = torch.device(device).type
+out = Path(out_dir)
+if init_from != 'resume':
+    there = next((p for p in (out / 'last', out / 'last.old', out / 'best') if p.exists()), None)
+    check(overwrite or not there, f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=... starts another elsewhere, '
+                                  f'--overwrite=True replaces it')
+
+
+# --- data and model --------------------------------------------------------------------------------------------------
+
+data = Path(data_dir)
+if not (data / 'meta.json').exists():
+    check(data_dir == 'data/builtin', f'{data / "meta.json"} is missing; make the data first: python prepare.py --data_dir={data_dir} '
+                                      f'--dataset=... (python prepare.py --help tells more)')
+    print('making the built-in corpus, once:')
+    made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe', f'--data_dir={data_dir}'])
+    check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
+try:
+    meta = json.loads((data / 'meta.json').read_text())
+    sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
+    token_dtype, vocabulary, bytes_per_token = np.dtype(meta['dtype']), meta['vocab_size'], meta['val_bytes'] / meta['val_tokens']
+except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); run prepare.py again')
+
+torch.manual_seed(seed)
+settings['vocab_size'] = vocab_size or vocabulary
+shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
+try:
+    if init_from == 'scratch':
+        model = GPT(GPTConfig(**shape))
+    else:
+        source = state_file.parent if init_from == 'resume' else init_from
+        asked = given & shape.keys() | {'router_aux_loss_coef'} | ({'attention_dropout'} if 'dropout' in given else set())
+        model = GPT.from_pretrained(source, torch.float32, **{key: shape[key] for key in asked})
+except ValueError as error:
+    config.fail(error)
+vocab_size = model.config.vocab_size
+check(block_size <= model.config.max_position_embeddings,
+      f'block_size ({block_size}) exceeds max_position_embeddings ({model.config.max_position_embeddings})')
+model.to(device)
+optimizer = model.configure_optimizer(learning_rate, (beta1, beta2), weight_decay)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
+step, sequences, best_loss = 0, 0, math.inf  # steps done, sequences seen
+if init_from == 'resume':
+    step, sequences, best_loss = state['step'], state['sequences'], state['best_loss']
+    check(step < max_iters, f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
+    scaler.load_state_dict(state['scaler'])
+    saved = load_file(source / 'optimizer.safetensors', device=device)
+    for name, p in model.named_parameters():
+        optimizer.state[p] = {key: saved[f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
+
+
+def open_bin(split):
+    path = data / f'{split}.bin'
+    found, expected = path.stat().st_size if path.exists() else 'no file', sizes[split] * token_dtype.itemsize
+    check(found == expected, f'{path}: found {found} bytes, expected {expected} (meta.json: {sizes[split]} tokens of {token_dtype}); '
+                             f'run prepare.py again')
+    check(sizes[split] > block_size, f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = {block_size + 1}; '
+                                     f'take a smaller --block_size or more text')
+    tokens = np.memmap(path, token_dtype, 'r')
+    largest = max(int(tokens[i:i + 2 ** 24].max()) for i in range(0, len(tokens), 2 ** 24))
+    check(largest < vocab_size, f'{path} holds the token id {largest}, but the model has vocab_size {vocab_size}')
+    return tokens
+
+
+train_tokens, val_tokens = open_bin('train'), open_bin('val')
+blocks = max(1, (len(train_tokens) - block_size) // block_size)  # in an epoch
+
+
+@lru_cache(maxsize=2)
+def block_starts(epoch):
+    """Every epoch cuts the training tokens into blocks at another offset and draws each block once."""
+    rng = np.random.default_rng((seed, epoch))
+    offset = rng.integers(min(block_size, len(train_tokens) - blocks * block_size))
+    return offset + block_size * rng.permutation(blocks)
+
+
+def to_device(tokens, starts):
+    """The blocks of tokens at these starts -> inputs and targets, int64 (B, T)."""
+    rows = torch.from_numpy(np.stack([tokens[i:i + block_size + 1] for i in starts]).astype(np.int64))
+    if device_type == 'cuda':
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def train_batch():
+    """The next batch of an order that follows from the seed alone, so a resumed run goes on where it stopped."""
+    global sequences
+    sequences += batch_size
+    return to_device(train_tokens, [block_starts(i // blocks)[i % blocks] for i in range(sequences - batch_size, sequences)])
+
+
+# --- what happens at intervals ---------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate():
+    """Mean loss in nats a token over eval_iters batches spread over the validation tokens, the same ones every time."""
+    model.eval()
+    starts = np.linspace(0, len(val_tokens) - block_size - 1, eval_iters * batch_size).astype(int).reshape(eval_iters, -1)
+    losses = []
+    for row in starts:
+        with autocast:
+            losses.append(run(*to_device(val_tokens, row), return_logits=False)[1])
+    model.train()
+    return torch.stack(losses).mean().item()
+
+
+def expert_load():
+    """The share of the busiest and of the idlest expert in each layer, since the last call; then the counts start anew."""
+    load = torch.stack([layer.mlp.load for layer in model.model.layers]).double()
+    load /= load.sum(1, keepdim=True).clamp(min=1)
+    for layer in model.model.layers:
+        layer.mlp.load.zero_()
+    return load.amax(1).tolist(), load.amin(1).tolist()
+
+
+def write_checkpoint(name):
+    """Write out_dir/name, whole or not at all: a folder that from_pretrained, sample.py and transformers load."""
+    new, old, folder = (out / f'{name}{suffix}' for suffix in ('.new', '.old', ''))
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    for file in ('meta.json', 'tokenizer.tiktoken'):
+        if (data / file).exists():
+            shutil.copy(data / file, new)
+    if name == 'last':
+        save_file({f'{name}/{key}': value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()},
+                  new / 'optimizer.safetensors')
+        (new / 'state.json').write_text(json.dumps(dict(step=step, sequences=sequences, best_loss=best_loss,
+                                                        scaler=scaler.state_dict(), settings=settings), indent=2))
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def log(**row):
+    with open(out / 'metrics.jsonl', 'a') as file:
+        file.write(json.dumps(dict(step=step, tokens=sequences * block_size, **row)) + '\n')
+    if wandb_log:
+        wandb.log(row, step=step)
+
+
+def plot():
+    try:
+        import matplotlib
+    except ImportError:
+        return print('(pip install matplotlib, and the next run draws loss.png)')
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+    rows = [json.loads(line) for line in open(out / 'metrics.jsonl')]
+    pyplot.figure(figsize=(8, 5))
+    for key, style in (('train_loss', '-'), ('val_loss', 'o-')):
+        pyplot.plot(*zip(*((row['step'], row[key]) for row in rows if key in row)), style, label=key, markersize=3, linewidth=1)
+    if 'perfect_loss' in meta:
+        pyplot.axhline(meta['perfect_loss'], color='gray', linestyle=':', label='a perfect model, told the whole story so far')
+    pyplot.xlabel('step')
+    pyplot.ylabel('loss (nats a token)')
+    pyplot.legend()
+    pyplot.savefig(out / 'loss.png', dpi=120)
+
+
+def rate(step):
+    """Learning rate of a step: linear warm-up, then lr_schedule."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    done = (step - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1)
+    if lr_schedule == 'cosine':
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        share = min(1, (1 - done) / cooldown) if lr_schedule == 'linear' and cooldown else 1
+    return min_lr + share * (learning_rate - min_lr)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+if wandb_log:
+    try:
+        import wandb
+    except ImportError:
+        config.fail('wandb_log needs wandb: pip install wandb')
+    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings)
+if init_from == 'resume':  # what was logged after the checkpoint will be logged again
+    kept = [line for line in open(out / 'metrics.jsonl') if json.loads(line)['step'] <= step]
+    (out / 'metrics.jsonl').write_text(''.join(kept))
+else:
+    for leftover in ('last', 'last.old', 'best', 'best.old'):
+        shutil.rmtree(out / leftover, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'metrics.jsonl').write_text('')
+
+stopped_by = None
+def stop(number, frame):
+    global stopped_by
+    if stopped_by:  # asked twice
+        raise KeyboardInterrupt
+    stopped_by = signal.Signals(number).name
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+
+use_compile = device_type == 'cuda' if compile is None else compile
+run = torch.compile(model) if use_compile else model
+flops, peak = model.flops_per_token(block_size), peak_flops(device, dtype)
+print(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
+      f'{len(train_tokens):,} training tokens; {device}, {dtype}{", compiled" if use_compile else ""}')
+progress = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True)
+first, losses, busy, best = step, [], 0.0, best_loss  # busy: seconds spent training since the last row
+skipped, skipped_in_a_row = torch.zeros(2, device=device)  # kept on the device, so that no step waits for it
+try:
+    while True:
+        if step % eval_interval == 0 and (step > first or step == 0) or step == max_iters:
+            val_loss, (busiest, idlest) = evaluate(), expert_load()
+            row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
+            log(**row, **(dict(expert_load_max=busiest, expert_load_min=idlest) if step else {}))
+            perfect = f' (a perfect model: {meta["perfect_loss"]:.3f})' if 'perfect_loss' in meta else ''
+            spread = f', experts get {min(idlest):.0%} to {max(busiest):.0%} of the tokens' if step else ''
+            progress.write(f'step {step}: val loss {val_loss:.4f}{perfect}, {row["val_bpb"]:.4f} bits a byte{spread}')
+            if step and val_loss < best_loss:
+                best_loss = val_loss
+                write_checkpoint('best')
+        if step > first and (step % eval_interval == 0 or step == max_iters or stopped_by):
+            write_checkpoint('last')
+        if step == max_iters or stopped_by:
+            break
+
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group['lr'] = rate(step)
+        torch.manual_seed(seed + step)  # what dropout draws follows from the step, so a resumed run draws the same
+        loss = torch.zeros((), device=device)
+        for _ in range(gradient_accumulation_steps):
+            x, y = train_batch()
+            with autocast:
+                batch_loss = run(x, y, return_logits=False)[1] / gradient_accumulation_steps
+            scaler.scale(batch_loss).backward()
+            loss += batch_loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        # A step whose loss or gradient is not finite must not touch the weights. Fused AdamW skips it on the device, by the
+        # attribute through which GradScaler tells it the same in float16.
+        bad = ~(loss.isfinite() & norm.isfinite())
+        skipped += bad
+        skipped_in_a_row = (skipped_in_a_row + bad) * bad
+        if not scaler.is_enabled():
+            optimizer.found_inf = bad.float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        losses.append(loss)
+
+        if step % log_interval == 0 or step == max_iters:
+            train_loss = torch.stack(losses).mean().item()  # waits for the device, so the time below is the whole time
+            busy += time.perf_counter() - began
+            speed = len(losses) * gradient_accumulation_steps * batch_size * block_size / busy
+            shown = dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{speed:,.0f}')
+            row = dict(train_loss=train_loss, lr=rate(step - 1), grad_norm=norm.item(), tokens_per_second=speed)
+            if peak:
+                row['mfu'] = flops * speed / peak
+                shown['mfu'] = f'{row["mfu"]:.0%}'
+            if skipped:
+                row['skipped'] = shown['skipped'] = int(skipped)
+            log(**row)
+            progress.set_postfix(shown, refresh=False)
+            losses, busy = [], 0.0
+            if skipped_in_a_row >= 10:
+                write_checkpoint('last')
+                config.fail(f'the loss or its gradient was not finite for {int(skipped_in_a_row)} steps in a row, so these were skipped; '
+                            f'{out / "last"} holds the weights from before. Try a lower --learning_rate or --dtype=float32')
+        else:
+            busy += time.perf_counter() - began
+        progress.update()
+except KeyboardInterrupt:
+    config.fail('interrupted twice, so no checkpoint was written now')
+except torch.OutOfMemoryError:
+    config.fail(f'{device} has too little memory; try a smaller --batch_size with more --gradient_accumulation_steps')
+finally:
+    progress.close()
+
+if stopped_by:
+    print(f'{stopped_by}: stopped after step {step}. To go on: python {sys.argv[0]} --out_dir={out_dir} --init_from=resume')
+    raise SystemExit(0)
+plot()
+print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, {out / "metrics.jsonl"} the numbers')
+if sample_tokens:
+    from prepare import encode_prompt, load_tokenizer
+    encoder = load_tokenizer(data)
+    try:
+        prompt = encode_prompt(encoder, start) if start else [encoder.eot_token]
+        tokens = model.generate(torch.tensor([prompt], device=device), sample_tokens, temperature=0.8, stop=[encoder.eot_token])
+        print(f'\n{encoder.decode(tokens[0].tolist())}')
+    except ValueError as error:
+        config.fail(f'no sample: {error}')
