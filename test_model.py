@@ -130,7 +130,7 @@ def test_loss_in_chunks():
 
 @pytest.mark.parametrize('how', ['autocast', 'bf16 parameters'])
 def test_bf16(how):
-    """bf16 stays within 4 % of fp32 (relative norm) in the logits (transformers' own is 3.3 % off), 8 % in a matrix's gradient.
+    """bf16 stays within 4 % of fp32 (relative norm) in the logits and 12 % in a matrix's gradient; transformers' own: 3.3 and 11 %.
 
     Every expert is chosen here, for where the router's choice is close, rounding decides it, and that is no error of ours.
     """
@@ -151,12 +151,12 @@ def test_bf16(how):
         return (torch.linalg.vector_norm(ours.float() - theirs) / torch.linalg.vector_norm(theirs)).item()
     assert off(logits, expected) < 0.04
     worst = max((off(p.grad, gradients[name]), name) for name, p in model.named_parameters() if name.endswith('weight'))
-    assert worst[0] < 0.08, worst
+    assert worst[0] < 0.12, worst
     model.zero_grad()  # the loss without logits, in bf16
     with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
         model(idx, targets, return_logits=False)[1].backward()
     worst = max((off(p.grad, gradients[name]), name) for name, p in model.named_parameters() if name.endswith('weight'))
-    assert worst[0] < 0.08, worst
+    assert worst[0] < 0.12, worst
 
 
 # --- what attention and the cache may see ----------------------------------------------------------------------------
