@@ -1,12 +1,13 @@
 """
 Measure a config on this machine: training tokens/s and MFU, prefill and decoding tokens/s, peak memory.
 
-    python bench.py                             # the default model
+    python bench.py                          # the default model
     python bench.py config/tinystories.py --batch_size=8 --profile
-    python bench.py --compare                   # and transformers' GptOss and GPT-2 on the same work, where installed
+    python bench.py --compare                # and transformers' GptOss and GPT-2 on the same work, where installed
 
-Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too; with --compare
-the implementations take turns, so that a machine that slows down slows all of them. The numbers also go to a JSON file.
+Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too;
+with --compare the implementations take turns, so that a machine that slows down slows all of them. The numbers also
+go to a JSON file.
 """
 
 import json
@@ -36,10 +37,11 @@ json_file = 'bench.json'  # where the numbers go; empty: nowhere
 # and every setting of train.py and GPTConfig: the model's shape, batch_size, block_size, device, dtype, compile ...
 # -----------------------------------------------------------------------------
 
-PEAK_FLOPS = {  # dense bf16 (V100, T4: fp16) of the data sheets, by a part of the device's name; the first that fits counts
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H800': 989e12, 'A100': 312e12, 'A800': 312e12,
-    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A6000': 155e12, 'A10': 125e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12,
-    'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+# dense bf16 (V100, T4: fp16) of the data sheets, by a part of the device's name; the first that fits counts
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H800': 989e12, 'A100': 312e12,
+    'A800': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A6000': 155e12, 'A10': 125e12, 'RTX 5090': 210e12,
+    'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
 
 
 def pick_device(device, dtype):
@@ -53,7 +55,9 @@ def pick_device(device, dtype):
     if dtype == 'auto':
         if device.startswith('cuda'):
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-        else:  # on CPUs bf16 is fast where the hardware multiplies it, and up to a hundred times slower than fp32 elsewhere
+        else:
+            # on CPUs bf16 is fast where the hardware multiplies it,
+            # and up to a hundred times slower than fp32 elsewhere
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
             dtype = 'bfloat16' if device == 'cpu' and fast else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
@@ -62,10 +66,11 @@ def pick_device(device, dtype):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s that MFU is measured against: from the data sheet of a GPU (None if we do not know it), measured on a CPU."""
+    """FLOP/s that MFU is measured against: by a GPU's data sheet (None if we do not know it), measured on a CPU."""
     if device.startswith('cuda'):
         name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if dtype != 'float32' else None
+        peaks = (peak for part, peak in PEAK_FLOPS.items() if part in name)
+        return next(peaks, None) if dtype != 'float32' else None
     if device != 'cpu':
         return None
     size, seconds = 256, 0.0
@@ -79,7 +84,7 @@ def peak_flops(device, dtype):
     return 2 * size ** 3 / seconds
 
 
-# --- one measurement, in a process of its own -----------------------------------------------------------------------
+# --- one measurement, in a process of its own ---------------------------------------------------------------------
 
 def build(job):
     """The model of a job: ours, or a peer of the same shape from transformers. All give (logits or None, loss)."""
@@ -94,8 +99,8 @@ def build(job):
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel._from_config(GPT2Config(
         vocab_size=shape['vocab_size'], n_embd=shape['hidden_size'], n_layer=shape['num_hidden_layers'],
-        n_head=shape['num_attention_heads'], n_positions=job['block_size'] + job['new_tokens'], resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0), attn_implementation='sdpa')
+        n_head=shape['num_attention_heads'], n_positions=job['block_size'] + job['new_tokens'], resid_pdrop=0,
+        embd_pdrop=0, attn_pdrop=0), attn_implementation='sdpa')
 
 
 def peak_memory(device):
@@ -138,6 +143,7 @@ def measure(job):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         tokens = torch.randint(vocab, (B, T + 1), device=device)
         x, y = tokens[:, :-1], tokens[:, 1:]
+
         def step():
             with torch.autocast(kind, dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(training):
                 if ours:
@@ -148,6 +154,7 @@ def measure(job):
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+
         for _ in range(2 if job['steps'] > 1 else 0):
             step()
         result['tokens_per_second'] = B * T / timed(step, device, job['steps'])
@@ -156,11 +163,13 @@ def measure(job):
     else:
         model = model.eval().to(dtype)
         prompt = torch.randint(vocab, (B, job['prompt_tokens']), device=device)
+
         def decode(new):
             if ours:
                 model.generate(prompt, new, temperature=0)
             else:
                 model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+
         step = lambda: decode(job['new_tokens'])
         decode(8)
         prefill = timed(lambda: decode(1), device, 5)
@@ -178,7 +187,8 @@ def measure(job):
         matmuls = sum(device_time(event) for event in table if event.key in MATMULS or 'gemm' in event.key)
         result['matmul_share'] = matmuls / total
         print(f'{job["part"]}: matmuls take {matmuls / total:.0%} of the time')
-        print(table.table(sort_by=f'self_{"cpu" if kind == "cpu" else "device"}_time_total', row_limit=15, max_name_column_width=40))
+        print(table.table(sort_by=f'self_{"cpu" if kind == "cpu" else "device"}_time_total', row_limit=15,
+                          max_name_column_width=40))
     return result
 
 
@@ -186,8 +196,8 @@ MATMULS = ['aten::' + name for name in ('mm', 'addmm', 'bmm', 'baddbmm', '_group
 
 
 def measure_prepare(job):
-    """Tokenise a file of stories of this many megabytes with o200k_harmony: prepare.py from file to bins, or tiktoken's own
-    encode_ordinary_batch on documents that are in memory already."""
+    """Tokenise a file of stories of this many megabytes with o200k_harmony: prepare.py from file to bins, or
+    tiktoken's own encode_ordinary_batch on documents that are in memory already."""
     import tempfile
     import prepare
     texts = [story for story, _ in prepare.builtin_stories(job['megabytes'], 0)]
@@ -210,25 +220,27 @@ def measure_prepare(job):
         return dict(bytes_per_second=size / (time.perf_counter() - began), memory=peak_memory('cpu'))
 
 
-# --- tables of measurements ------------------------------------------------------------------------------------------
+# --- tables of measurements ---------------------------------------------------------------------------------------
 
 SMALL = dict(num_local_experts=8, num_experts_per_tok=2, head_dim=64)
-CHAR = SMALL | dict(vocab_size=128, num_hidden_layers=6, hidden_size=384, num_attention_heads=6, num_key_value_heads=2,
-                    intermediate_size=384)
-LONG = SMALL | dict(vocab_size=512, num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_key_value_heads=1,
-                    intermediate_size=128)
+CHAR = SMALL | dict(vocab_size=128, num_hidden_layers=6, hidden_size=384, num_attention_heads=6,
+                    num_key_value_heads=2, intermediate_size=384)
+LONG = SMALL | dict(vocab_size=512, num_hidden_layers=2, hidden_size=128, num_attention_heads=2,
+                    num_key_value_heads=1, intermediate_size=128)
 WORKS = {  # what --compare measures
     'train char': dict(part='train', shape=CHAR, batch_size=16, block_size=256),
     'train 50k': dict(part='train', batch_size=8, block_size=512, steps=2, shape=SMALL | dict(
-        vocab_size=50304, num_hidden_layers=8, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, intermediate_size=512)),
+        vocab_size=50304, num_hidden_layers=8, hidden_size=512, num_attention_heads=8, num_key_value_heads=4,
+        intermediate_size=512)),
     'train 201k': dict(part='train', batch_size=4, block_size=512, steps=2, shape=SMALL | dict(
-        vocab_size=201088, num_hidden_layers=6, hidden_size=384, num_attention_heads=6, num_key_value_heads=2, intermediate_size=384,
-        tie_word_embeddings=True)),
+        vocab_size=201088, num_hidden_layers=6, hidden_size=384, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=384, tie_word_embeddings=True)),
     'decode 1': dict(part='decode', shape=CHAR, batch_size=1),
     'decode 8': dict(part='decode', shape=CHAR, batch_size=8),
     **{f'{part} {length}': dict(part=part, shape=LONG, batch_size=1, block_size=length, steps=1, models=['ours'])
        for part in ('forward', 'train') for length in (4096, 8192, 16384, 32768)},
-    **{f'prepare {size} MB': dict(part='prepare', megabytes=size, models=['ours', 'tiktoken']) for size in (10, 40)},
+    **{f'prepare {size} MB': dict(part='prepare', megabytes=size, models=['ours', 'tiktoken'])
+       for size in (10, 40)},
 }
 PEERS = ['ours', 'transformers GptOss', 'transformers GPT-2']
 
@@ -249,10 +261,10 @@ def median_of_rounds(jobs):
 
 def print_table(rows):
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    show = {'tokens_per_second': '{:,.0f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}', 'ours_is': '{:.2f} x',
-            'bytes_per_second': '{:,.0f}'}
-    head = {'tokens_per_second': 'tokens/s', 'memory': 'peak GB', 'ours_is': 'ours is', 'matmul_share': 'matmuls', 'mfu': 'MFU',
-            'bytes_per_second': 'bytes/s'}
+    show = {'tokens_per_second': '{:,.0f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}',
+            'ours_is': '{:.2f} x', 'bytes_per_second': '{:,.0f}'}
+    head = {'tokens_per_second': 'tokens/s', 'memory': 'peak GB', 'ours_is': 'ours is', 'matmul_share': 'matmuls',
+            'mfu': 'MFU', 'bytes_per_second': 'bytes/s'}
     print('| ' + ' | '.join(head.get(c, c) for c in columns) + ' |\n|' + '---|' * len(columns))
     for row in rows:
         print('| ' + ' | '.join(show.get(c, '{}').format(row[c]) if c in row else '' for c in columns) + ' |')
@@ -264,8 +276,9 @@ def main(settings):
         if settings[key] < 1 or new_tokens < 2:
             config.fail(f'{key} is {settings[key]} and new_tokens {new_tokens}; they must be at least 1 and 2')
     use_compile = where.startswith('cuda') if settings['compile'] is None else settings['compile']
-    common = dict(device=where, dtype=kind, compile=use_compile, steps=steps, profile=profile, prompt_tokens=prompt_tokens,
-                  new_tokens=new_tokens, block_size=settings['block_size'], model='ours', experts='grouped_mm')
+    common = dict(device=where, dtype=kind, compile=use_compile, steps=steps, profile=profile,
+                  prompt_tokens=prompt_tokens, new_tokens=new_tokens, block_size=settings['block_size'],
+                  model='ours', experts='grouped_mm')
     rows = []
     if compare:
         chosen = WORKS if works == 'all' else {name: WORKS.get(name) for name in works.split(',')}
@@ -281,7 +294,8 @@ def main(settings):
             results = median_of_rounds(jobs)
             for job, result in zip(jobs, results):
                 speed = next(key for key in result if key.endswith('_per_second'))
-                rows.append(dict(work=name, model=job['model'], **result, ours_is=results[0][speed] / result[speed]))
+                rows.append(dict(work=name, model=job['model'], **result,
+                                 ours_is=results[0][speed] / result[speed]))
                 rows[-1]['memory'] /= 1e9
                 print(rows[-1], file=sys.stderr, flush=True)
     else:
@@ -301,11 +315,14 @@ def main(settings):
             rows.append(dict(part=part, **result))
             rows[-1]['memory'] /= 1e9
     cpu = platform.processor() or platform.machine()
-    machine = torch.cuda.get_device_name(where) if where.startswith('cuda') else f'{torch.get_num_threads()} threads of {cpu}'
-    print(f'\n{machine}, torch {torch.__version__}, {kind}{", compiled" if use_compile else ""}, median of {rounds}\n')
+    machine = (torch.cuda.get_device_name(where) if where.startswith('cuda')
+               else f'{torch.get_num_threads()} threads of {cpu}')
+    print(f'\n{machine}, torch {torch.__version__}, {kind}{", compiled" if use_compile else ""}, '
+          f'median of {rounds}\n')
     print_table(rows)
     if json_file:
-        Path(json_file).write_text(json.dumps(dict(machine=machine, torch=torch.__version__, dtype=kind, rows=rows), indent=2) + '\n')
+        numbers = dict(machine=machine, torch=torch.__version__, dtype=kind, rows=rows)
+        Path(json_file).write_text(json.dumps(numbers, indent=2) + '\n')
 
 
 if __name__ == '__main__':

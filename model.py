@@ -1,11 +1,12 @@
 """
-GPT-OSS, all of it in this single file: grouped-query attention with learned sinks, alternating sliding and full attention,
-RoPE with YaRN, RMSNorm, and a mixture of SwiGLU experts. It needs only torch (and safetensors, to load and save).
+GPT-OSS, all of it in this single file: grouped-query attention with learned sinks, alternating sliding and full
+attention, RoPE with YaRN, RMSNorm, and a mixture of SwiGLU experts. It needs only torch (safetensors to load and save).
 
 Sources:
-1) OpenAI's release, gpt_oss/torch/model.py and weights.py, https://github.com/openai/gpt-oss, and its model card, arXiv:2508.10925
-2) transformers, models/gpt_oss, whose parameter names and config.json this file uses
-3) YaRN, arXiv:2309.00071; attention sinks, arXiv:2309.17453; Switch Transformer's load-balancing loss, arXiv:2101.03961
+1) OpenAI's release, gpt_oss/torch/model.py and weights.py: https://github.com/openai/gpt-oss
+2) its model card: arXiv:2508.10925
+3) transformers, models/gpt_oss, whose parameter names and config.json this file uses
+4) YaRN: arXiv:2309.00071; sinks: arXiv:2309.17453; the Switch Transformer's load-balancing loss: arXiv:2101.03961
 """
 
 import json
@@ -22,7 +23,7 @@ SLIDING, FULL = 'sliding_attention', 'full_attention'
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT-OSS. Names are those of the published config.json; the sizes are a laptop's, the rest is gpt-oss's."""
+    """The shape of a GPT-OSS, in the published config.json's names. The sizes are a laptop's, the rest is gpt-oss's."""
     vocab_size: int = 201088  # rows of the embedding; 201088 is o200k_harmony
     hidden_size: int = 256  # width of the residual stream
     intermediate_size: int = 256  # width of one expert
@@ -33,7 +34,7 @@ class GPTConfig:
     num_local_experts: int = 8  # experts in a layer; 1 makes the model dense
     num_experts_per_tok: int = 2  # experts that each token visits
     sliding_window: int = 128  # keys that a sliding layer sees, the token's own included
-    layer_types: list[str] | None = None  # sliding_attention or full_attention, by layer; None alternates, sliding first
+    layer_types: list[str] | None = None  # sliding_attention or full_attention; None alternates, sliding first
     max_position_embeddings: int = 131072  # the longest context, in tokens
     rms_norm_eps: float = 1e-5  # added to the mean square
     swiglu_limit: float = 7.0  # the experts' gate is clamped above, their up projection on both sides
@@ -56,24 +57,26 @@ class GPTConfig:
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, least = getattr(self, field.name), 'at least 1' if field.type is int else '0 or more'
             if field.type is int and value < 1 or field.type is float and not 0 <= value < math.inf:
-                raise ValueError(f'{field.name} is {value}; it must be {"at least 1" if field.type is int else "0 or more"}')
-        def refuse(bad, message):
-            if bad:
-                raise ValueError(message)
-        refuse(self.num_attention_heads % self.num_key_value_heads,
-               f'num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads ({self.num_key_value_heads})')
-        refuse(self.num_experts_per_tok > self.num_local_experts,
-               f'num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_local_experts ({self.num_local_experts})')
-        refuse(self.head_dim % 2, f'head_dim is {self.head_dim}; it must be even, for RoPE turns pairs')
-        refuse(len(self.layer_types) != self.num_hidden_layers,
-               f'layer_types has {len(self.layer_types)} entries for num_hidden_layers = {self.num_hidden_layers}')
-        refuse(wrong := set(self.layer_types) - {SLIDING, FULL}, f'layer_types holds {wrong}; it takes {SLIDING} and {FULL}')
-        refuse(max(self.dropout, self.attention_dropout) >= 1,
-               f'dropout ({self.dropout}) and attention_dropout ({self.attention_dropout}) must be below 1')
-        refuse(self.rope_factor < 1 or self.rope_theta <= 1,
-               f'rope_factor ({self.rope_factor}) must be at least 1 and rope_theta ({self.rope_theta}) above 1')
+                raise ValueError(f'{field.name} is {value}; it must be {least}')
+        unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
+        for wrong, message in (
+                (self.num_attention_heads % self.num_key_value_heads,
+                 'num_attention_heads ({num_attention_heads}) must be a multiple of '
+                 'num_key_value_heads ({num_key_value_heads})'),
+                (self.num_experts_per_tok > self.num_local_experts,
+                 'num_experts_per_tok ({num_experts_per_tok}) must not exceed num_local_experts ({num_local_experts})'),
+                (self.head_dim % 2, 'head_dim is {head_dim}; it must be even, for RoPE turns pairs'),
+                (len(self.layer_types) != self.num_hidden_layers,
+                 f'layer_types has {len(self.layer_types)} entries for num_hidden_layers = {{num_hidden_layers}}'),
+                (unknown, f'layer_types holds {unknown}; it takes {SLIDING} and {FULL}'),
+                (max(self.dropout, self.attention_dropout) >= 1,
+                 'dropout ({dropout}) and attention_dropout ({attention_dropout}) must be below 1'),
+                (self.rope_factor < 1 or self.rope_theta <= 1,
+                 'rope_factor ({rope_factor}) must be at least 1 and rope_theta ({rope_theta}) above 1')):
+            if wrong:
+                raise ValueError(message.format(**vars(self)))
 
 
 class Linear(nn.Linear):
@@ -92,50 +95,53 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        y = x.float()  # by hand, for F.rms_norm takes eight times as long on CPU
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
 
 
-def rope_tables(config, positions):
-    """cos and sin, each (T, head_dim / 2) in fp32, at the given positions (T,). RoPE stretched by YaRN, arXiv:2309.00071.
+def rope_tables(config, positions, dtype=torch.float32):
+    """cos and sin, each (T, 1, head_dim), for `rotate` at positions (T,). RoPE stretched by YaRN, arXiv:2309.00071.
 
-    Pairs that turn often within the original context keep their frequency, slow ones are slowed by the factor, a linear ramp
-    lies between. The tables also carry YaRN's concentration, 0.1 ln(factor) + 1, so attention logits grow by its square.
+    Pairs that turn often within the original context keep their frequency, slow ones are slowed by the factor, and a
+    linear ramp lies between. The tables also carry YaRN's concentration, 0.1 ln(factor) + 1, on queries and keys alike.
     """
-    half = config.head_dim // 2
+    c, half = config, config.head_dim // 2
     pair = torch.arange(half, device=positions.device)
-    frequency = config.rope_theta ** (-pair / half)
+
     def pair_that_turns(times):  # (fractional) index of the pair that turns this often in the original context
-        return half * math.log(config.rope_original_max_position_embeddings / (times * 2 * math.pi)) / math.log(config.rope_theta)
-    low, high = pair_that_turns(config.rope_beta_fast), pair_that_turns(config.rope_beta_slow)
-    if config.rope_truncate:
+        return half * math.log(c.rope_original_max_position_embeddings / (times * 2 * math.pi)) / math.log(c.rope_theta)
+
+    low, high = pair_that_turns(c.rope_beta_fast), pair_that_turns(c.rope_beta_slow)
+    if c.rope_truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
+    low, high = max(low, 0), min(high, c.head_dim - 1)
     slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: as it was, 1: slowed by the whole factor
-    frequency = frequency * (1 - slowed) + frequency / config.rope_factor * slowed
-    angle = positions[:, None].float() * frequency
-    concentration = 0.1 * math.log(config.rope_factor) + 1
-    return angle.cos() * concentration, angle.sin() * concentration
+    frequency = c.rope_theta ** (-pair / half) * (1 - slowed + slowed / c.rope_factor)
+    angle = positions[:, None, None].float() * frequency
+    concentration = 0.1 * math.log(c.rope_factor) + 1
+    cos, sin = angle.cos() * concentration, angle.sin() * concentration
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim); cos and sin (T, head_dim / 2)."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim)."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 def attention(q, k, v, sinks, window=None, dropout=0.0):
     """Causal attention with sinks: q (B, T, H, hd), k and v (B, T, KV, hd), sinks (H,) -> (B, T, H, hd).
 
-    A sink is a logit that joins the softmax and takes its share of the weight to no value. That is one more key, seen by every
-    query, with a zero value, so any SDPA kernel computes it exactly, gradients included: give queries and keys a few more
-    features, and let the sink's key be 1 in the first of them, where the queries hold the sink's logit (times √hd, which the
-    scale takes away again). The second extra feature switches padding keys off.
+    A sink is a logit that joins the softmax and takes its share of the weight to no value. That is one more key, seen
+    by every query, with a zero value, so any SDPA kernel computes it exactly, gradients included: give queries and keys
+    a few more features, and let the sink's key be 1 in the first of them, where the queries hold the sink's logit
+    (times √hd, which the scale takes away again). The second extra feature switches padding keys off.
     """
     B, T, H, hd = q.shape
     KV, extra = k.shape[2], 8 + -hd % 8  # flash kernels want a multiple of 8
+
     def key(feature, value, length):  # keys that are zero but for one extra feature
         return F.pad(k.new_full((1, 1, 1, 1), value), (hd + feature, extra - feature - 1)).expand(B, length, KV, -1)
+
     mine = torch.cat((sinks[:, None] * hd ** 0.5, torch.ones_like(sinks)[:, None]), dim=1).to(q.dtype)
     q = torch.cat((q, F.pad(mine, (0, extra - 2)).expand(B, T, H, extra)), dim=-1)
     k, v = F.pad(k, (0, extra)), F.pad(v, (0, extra))
@@ -147,9 +153,11 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
     else:
         # Blocks of `window` queries see the sink, the block before theirs and their own: exact, and linear in T.
         blocks = -(-T // window)
+
         def split(x, before=0):
             x = F.pad(x, (0, 0, 0, 0, before, blocks * window - T))
             return x.view(B, -1, window, *x.shape[2:])
+
         q, v = split(q), split(v, before=window)
         k = split(torch.cat((key(1, -2e4, window), k), dim=1))
         k = torch.cat((key(0, 1.0, blocks).unsqueeze(2), k[:, :-1], k[:, 1:]), dim=2).flatten(0, 1)
@@ -157,6 +165,8 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
         q = q.flatten(0, 1)
         distance = torch.arange(window, device=q.device)[:, None] - torch.arange(-window, window, device=q.device)
         mask, causal = F.pad((distance >= 0) & (distance < window), (1, 0), value=True), False
+        if q.is_cuda:  # kernels that take a mask take no groups there
+            k, v, KV = k.repeat_interleave(H // KV, dim=2), v.repeat_interleave(H // KV, dim=2), H
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                        dropout_p=dropout, is_causal=causal, scale=hd ** -0.5, enable_gqa=H != KV)
     y = y.transpose(1, 2)[..., :hd]
@@ -164,17 +174,22 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
 
 
 def swiglu(gate_up, limit):
-    """gpt-oss's clamped SwiGLU: gate·sigmoid(1.702·gate)·(up + 1), with gate_up (..., 2I) holding the gates, then the ups."""
+    """gpt-oss's clamped SwiGLU, gate·sigmoid(1.702·gate)·(up + 1), of gate_up (..., 2I): the gates, then the ups."""
     gate, up = gate_up.chunk(2, dim=-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return F.silu(1.702 * gate) * (up + 1) / 1.702
+
+
+def grouped_mm_fits(x, w):
+    """Whether F.grouped_mm takes rows x (N, D) and weights w (E, out, in): it wants bf16 and multiples of 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and w.size(1) % 8 == w.size(2) % 8 == 0
 
 
 class Experts(nn.Module):
     """E SwiGLU experts, their weights stacked in nn.Linear's layout (E, out, in).
 
-    The rows of gate_up are the gates, then the ups; the published checkpoints interleave them, which does not vectorise, so
-    from_pretrained and save_pretrained convert (see `export_tensor`).
+    The rows of gate_up are the gates, then the ups. The published checkpoints interleave them, which does not vectorise
+    (forward and backward four times as slow on CPU), so from_pretrained and save_pretrained convert.
     """
 
     def __init__(self, config):
@@ -187,35 +202,42 @@ class Experts(nn.Module):
         self.limit = config.swiglu_limit
 
     def forward(self, x, chosen, share):
-        """x (N, D) through the experts chosen (N, k) int64, weighted by share (N, k) -> (N, D), and tokens per expert (E,)."""
-        E, (N, k) = len(self.down_bias), chosen.shape
-        order = chosen.flatten().argsort(stable=True)  # rows are (token, choice) pairs, sorted by expert from here on
-        expert, token = chosen.flatten()[order], order // k
-        membership = expert[:, None] == torch.arange(E, device=x.device)  # (N * k, E)
+        """x (N, D) through experts chosen (N, k), weighted by share (N, k) -> (N, D), and rows per expert (E,)."""
+        w1, b1 = self.gate_up_weight.to(x.dtype), self.gate_up_bias.to(x.dtype)
+        w2, b2 = self.down_weight.to(x.dtype), self.down_bias.to(x.dtype)
+        if len(x) == 1 and not (self.training or x.is_cuda):  # decoding: nothing to sort, so faster
+            ids = chosen[0].tolist()
+            hidden = swiglu(torch.cat([F.linear(x, w1[e], b1[e]) for e in ids]), self.limit)
+            outputs = [F.linear(h, w2[e], b2[e]) for h, e in zip(hidden.split(1), ids)]
+            return share.to(x.dtype) @ torch.cat(outputs), None
+
+        order = chosen.flatten().argsort(stable=True)  # from here on rows are (token, choice) pairs, sorted by expert
+        expert, token = chosen.flatten()[order], order // chosen.size(1)
+        share = share.flatten()[order].to(x.dtype)[:, None]
+        membership = expert[:, None] == torch.arange(len(b2), device=x.device)  # (N * k, E)
         load = membership.sum(0)  # not bincount, which waits for the device
         rows = x.index_select(0, token)
-        w1, b1, w2, b2 = (p.to(x.dtype) for p in (self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias))
-        if x.is_cuda and x.dtype == torch.bfloat16 and x.size(-1) % 8 == w2.size(-1) % 8 == 0:
-            # One kernel for all the experts, with no wait for the counts to reach the host. It takes no bias.
+        if grouped_mm_fits(rows, w1) and grouped_mm_fits(rows, w2):
+            # All experts in one kernel, which takes no bias, and no wait until the counts reach the host.
             ends, membership = load.cumsum(0).to(torch.int32), membership.to(x.dtype)
             hidden = swiglu(F.grouped_mm(rows, w1.mT, offs=ends) + membership @ b1, self.limit)
-            rows = F.grouped_mm(hidden, w2.mT, offs=ends) + membership @ b2
+            rows = (F.grouped_mm(hidden, w2.mT, offs=ends) + membership @ b2) * share
         else:
-            # unbind, for w1[e] would make backward write a whole (E, ...) gradient for every expert. In low precision every new
-            # matrix shape costs the CPU's library a compilation, so the counts are rounded up to few distinct ones.
-            step = 256 if x.dtype != torch.float32 and N > 256 else 1
-            done = []
-            for r, w1e, b1e, w2e, b2e in zip(rows.split(load.tolist()), w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind()):
-                if n := len(r):
-                    r = F.pad(r, (0, 0, 0, -n % step))
-                    done.append(F.linear(swiglu(F.linear(r, w1e, b1e), self.limit), w2e, b2e)[:n])
+            # Expert by expert, so that what is between the two matmuls stays in the cache. unbind, for w1[e] would
+            # make backward write a whole (E, ...) gradient for each. In low precision every new shape costs the CPU's
+            # library a compilation of milliseconds, so the counts are rounded up to few distinct ones.
+            step, counts, done = 256 if x.dtype != torch.float32 and len(x) > 256 else 1, load.tolist(), []
+            weights = zip(w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind())
+            for r, s, (w1, b1, w2, b2) in zip(rows.split(counts), share.split(counts), weights):
+                if len(r):
+                    padded = F.pad(r, (0, 0, 0, -len(r) % step)) if step > 1 else r
+                    done.append(F.linear(swiglu(F.linear(padded, w1, b1), self.limit), w2, b2)[:len(r)] * s)
             rows = torch.cat(done)
-        rows = rows * share.flatten()[order].to(x.dtype)[:, None]
         return torch.zeros_like(x).index_add(0, token, rows), load
 
 
 class MoE(nn.Module):
-    """Router and experts: each token goes to its k likeliest experts and gets their outputs, weighted by a softmax over the k."""
+    """Router and experts: a token goes to its k likeliest experts, whose outputs a softmax over the k weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -226,7 +248,7 @@ class MoE(nn.Module):
         self.register_buffer('load', torch.zeros(config.num_local_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x):
-        """x (B, T, D) -> (B, T, D), and Switch's load-balancing loss, scaled so that perfect balance is 1 (arXiv:2101.03961)."""
+        """x (B, T, D) -> (B, T, D), and in training mode Switch's load-balancing loss, scaled so that balance is 1."""
         rows = x.flatten(0, 1)
         logits = self.router(rows.float())
         best, chosen = logits.topk(self.k, dim=-1)
@@ -248,16 +270,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, KV * hd)
         self.o_proj = Linear(H * hd, D)
         self.sinks = nn.Parameter(torch.empty(H))
-        self.q_norm = RMSNorm(hd, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(hd, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.head_dim, self.dropout = hd, config.attention_dropout
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(hd, config.rms_norm_eps), RMSNorm(hd, config.rms_norm_eps)
+        self.head_dim, self.qk_norm, self.dropout = hd, config.qk_norm, config.attention_dropout
         self.window = config.sliding_window if layer_type == SLIDING else None
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if cache is None or cache.append(k, v):
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None or cache.append(k, v):  # without a cache, or a whole prompt that fills it
             y = attention(q, k, v, self.sinks, self.window, self.dropout if self.training else 0.0)
         else:
             y = cache.attend(q, self.sinks)
@@ -268,29 +292,41 @@ class LayerCache:
     """The keys and values that one layer still needs, (B, KV, size, hd). A sliding layer's is a ring of its window."""
 
     def __init__(self, config, layer_type, batch_size, length, dtype, device):
-        size = min(length, config.sliding_window) if layer_type == SLIDING else length
-        shape = batch_size, config.num_key_value_heads, size, config.head_dim
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in 'kv')
-        self.size, self.seen = size, 0
+        self.size = min(length, config.sliding_window) if layer_type == SLIDING else length
+        shape = batch_size, config.num_key_value_heads, self.size, config.head_dim
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.seen = 0
 
     def append(self, k, v):
-        """Store k and v (B, T, KV, hd): a whole prompt into an empty cache (returns True), or the next token (False)."""
-        first, T, keep = self.seen == 0, k.size(1), min(k.size(1), self.size)
-        slots = torch.arange(self.seen + T - keep, self.seen + T, device=k.device) % self.size
-        self.k[:, :, slots] = k[:, -keep:].transpose(1, 2)
-        self.v[:, :, slots] = v[:, -keep:].transpose(1, 2)
+        """Store k and v (B, T, KV, hd): a whole prompt in an empty cache (returns True), or the next token (False)."""
+        first, T = self.seen == 0, k.size(1)
+        if T == 1:
+            slots = self.seen % self.size
+            k, v = k[:, 0], v[:, 0]
+        else:
+            keep = min(T, self.size)
+            slots = torch.arange(T - keep, T, device=k.device) % self.size
+            k, v = k[:, -keep:].transpose(1, 2), v[:, -keep:].transpose(1, 2)
+        self.k[:, :, slots], self.v[:, :, slots] = k, v
         self.seen += T
         return first
 
     def attend(self, q, sinks):
-        """Attention of the newest token, q (B, 1, H, hd) -> (B, 1, H, hd). The ring's order does not matter to a softmax."""
-        B, _, H, hd = q.shape
+        """Attention of the newest token, q (B, 1, H, hd) -> (B, 1, H, hd). To a softmax the ring's order is all one."""
         filled = min(self.seen, self.size)
         k, v = self.k[:, :, :filled], self.v[:, :, :filled]
-        logits = q.view(B, k.size(1), -1, hd) @ k.mT * hd ** -0.5  # (B, KV, G, filled)
-        sinks = sinks.to(logits.dtype).view(1, k.size(1), -1, 1).expand(B, -1, -1, 1)
-        share = torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
-        return (share @ v).view(B, 1, H, hd)
+        B, KV, _, hd = k.shape
+        logits = q.view(B, KV, -1, hd) @ k.mT * hd ** -0.5  # (B, KV, G, filled)
+        sinks = sinks.to(logits.dtype).view(1, KV, -1, 1).expand(B, -1, -1, 1)
+        return torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1] @ v
+
+
+class KVCache:
+    """A cache for every layer, and RoPE's tables for the positions to come."""
+
+    def __init__(self, config, batch_size, length, dtype, device):
+        self.layers = [LayerCache(config, t, batch_size, length, dtype, device) for t in config.layer_types]
+        self.rope = rope_tables(config, torch.arange(length, device=device), dtype)
 
 
 class Block(nn.Module):
@@ -312,8 +348,8 @@ class Block(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T, without ever holding all the (N, V) logits.
 
-    Forward works through the rows in chunks and turns each chunk's logits into its gradients at once, so nothing is computed
-    twice and backward only scales. x (N, D), weight (V, D), targets (N,) int64, -1 is ignored -> scalar fp32.
+    Forward works through the rows in chunks and turns each chunk's logits into its gradients at once, so nothing is
+    computed twice and backward only scales. x (N, D), weight (V, D), targets (N,) int64, -1 is ignored -> scalar fp32.
     """
 
     @staticmethod
@@ -344,7 +380,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """The language model. `model(idx, targets)` gives (logits, loss); `model.generate(idx, max_new_tokens)` continues idx."""
+    """The language model: `model(idx, targets)` gives (logits, loss), `model.generate(idx, max_new_tokens)` goes on."""
 
     def __init__(self, config):
         super().__init__()
@@ -358,37 +394,42 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
-            if 'norm' not in name:
-                nn.init.zeros_(p) if name.endswith(('bias', 'sinks')) else nn.init.normal_(p, std=config.initializer_range)
+            if name.endswith(('bias', 'sinks')):
+                nn.init.zeros_(p)
+            elif 'norm' not in name:
+                nn.init.normal_(p, std=config.initializer_range)
 
     def hidden_states(self, idx, cache=None):
-        """idx (B, T) -> the final normed states (B, T, D), and the load-balancing loss averaged over layers (None in eval mode)."""
-        first = cache[0].seen if cache else 0
-        positions = torch.arange(first, first + idx.size(1), device=idx.device)
-        cos, sin = rope_tables(self.config, positions)
-        x = self.model.embed_tokens(idx)
-        # Under autocast the activations take its dtype here and the layers follow; we cast by hand, which is faster on CPU, keeps
-        # router, norms and loss in fp32, and does not change with torch's versions. So autocast itself stays off inside.
-        kind = idx.device.type
+        """idx (B, T) -> the final, normed states (B, T, D), and the load-balancing loss averaged over layers.
+
+        With a KVCache idx goes on where the last call ended: first a whole prompt, then token by token.
+        """
+        x, kind = self.model.embed_tokens(idx), idx.device.type
+        # Under autocast the activations take its dtype here and the layers follow theirs, so autocast itself stays off
+        # inside: casting by hand is faster on CPU, keeps router, norms and loss in fp32, and is alike in every torch.
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        if cache:
+            seen = cache.layers[0].seen
+            cos, sin = (table[seen:seen + idx.size(1)] for table in cache.rope)
+        else:
+            cos, sin = rope_tables(self.config, torch.arange(idx.size(1), device=idx.device), x.dtype)
         balances = []
         with torch.autocast(kind, enabled=False):
             for i, layer in enumerate(self.model.layers):
-                x, balance = layer(x, cos, sin, cache[i] if cache else None)
+                x, balance = layer(x, cos, sin, cache.layers[i] if cache else None)
                 balances.append(balance)
-            x = self.model.norm(x)
-        return x, torch.stack(balances).mean() if self.training else None
+            return self.model.norm(x), torch.stack(balances).mean() if self.training else None
 
     def forward(self, idx, targets=None, return_logits=True):
         """idx, targets int64 (B, T), target -1 is ignored -> (logits, loss).
 
-        With targets, logits are (B, T, V) and loss is the mean cross-entropy in nats (plus, in training mode, the load-balancing
-        loss times its coefficient); return_logits=False gives (None, loss) and never holds the (B, T, V) logits. Without targets,
-        logits are (B, 1, V), of the last position, and loss is None.
+        With targets, logits are (B, T, V) and loss is the mean cross-entropy in nats, plus, in training mode, the load-
+        balancing loss times its coefficient; return_logits=False gives (None, loss) and never holds all the logits.
+        Without targets, logits are (B, 1, V), of the last position, and loss is None.
         """
-        if idx.size(1) > self.config.max_position_embeddings:
-            raise ValueError(f'{idx.size(1)} tokens exceed max_position_embeddings = {self.config.max_position_embeddings}')
+        if idx.size(1) > (longest := self.config.max_position_embeddings):
+            raise ValueError(f'{idx.size(1)} tokens exceed max_position_embeddings = {longest}')
         x, balance = self.hidden_states(idx)
         with torch.autocast(idx.device.type, enabled=False):
             if targets is None:
@@ -398,7 +439,8 @@ class GPT(nn.Module):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
             else:
                 logits = None
-                loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+                loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                                torch.is_grad_enabled())
         if self.training and self.config.router_aux_loss_coef:
             loss = loss + self.config.router_aux_loss_coef * balance
         return logits, loss
@@ -407,8 +449,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None):
         """Continue idx (B, T) token by token, yielding each (B,) as it is drawn.
 
-        temperature 0 is greedy. top_k keeps the k likeliest tokens (more than there are keeps all), top_p the likeliest that
-        together reach that probability, min_p those at least that fraction as likely as the likeliest; None is off.
+        temperature 0 is greedy. top_k keeps the k likeliest tokens (more than there are keeps all), top_p the likeliest
+        that together reach that probability, min_p those at least that fraction as likely as the first; None is off.
         """
         B, T = idx.shape
         if T < 1:
@@ -416,28 +458,29 @@ class GPT(nn.Module):
         if T + max_new_tokens > self.config.max_position_embeddings:
             raise ValueError(f'a prompt of {T} tokens and max_new_tokens = {max_new_tokens} exceed '
                              f'max_position_embeddings = {self.config.max_position_embeddings}')
-        for name, value, good in (('temperature', temperature, 0 <= temperature < math.inf),
-                                  ('top_k', top_k, top_k is None or top_k >= 1),
-                                  ('top_p', top_p, top_p is None or 0 < top_p <= 1),
-                                  ('min_p', min_p, min_p is None or 0 <= min_p <= 1)):
+        for name, value, good, wanted in (('temperature', temperature, 0 <= temperature < math.inf, 'at least 0'),
+                                          ('top_k', top_k, top_k is None or top_k >= 1, 'at least 1'),
+                                          ('top_p', top_p, top_p is None or 0 < top_p <= 1, 'above 0 and at most 1'),
+                                          ('min_p', min_p, min_p is None or 0 <= min_p <= 1, 'between 0 and 1')):
             if not good:
-                raise ValueError(f'{name} is {value}; temperature is at least 0, top_k at least 1, top_p in (0, 1], min_p in [0, 1]')
+                raise ValueError(f'{name} is {value}; it must be {wanted}')
         kind, dtype = idx.device.type, self.lm_head.weight.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-        cache = [LayerCache(self.config, t, B, T + max_new_tokens, dtype, idx.device) for t in self.config.layer_types]
+        cache = KVCache(self.config, B, T + max_new_tokens, dtype, idx.device)
         training = self.training
-        for _ in range(max_new_tokens):
-            self.eval()
-            x, _ = self.hidden_states(idx, cache)
-            logits = self.lm_head(x[:, -1]).float()
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                x, _ = self.hidden_states(idx, cache)
+                idx = draw(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, min_p)
+                yield idx.squeeze(1)
+        finally:
             self.train(training)
-            idx = draw(logits, temperature, top_k, top_p, min_p)
-            yield idx.squeeze(1)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, stop=()):
         """Continue idx (B, T) -> (B, T + new), sampling as `stream` does.
 
-        Ends early once every row has drawn a token of `stop`; a row that ended sooner is filled with the token that ended it.
+        Ends early once every row has drawn a token of `stop`; a row that ended sooner is filled with what ended it.
         """
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         tokens = [idx]
@@ -451,8 +494,8 @@ class GPT(nn.Module):
         return torch.cat(tokens, dim=1)
 
     def flops_per_token(self, length):
-        """FLOPs that training takes per token of a sequence of this length: 6 for every active parameter but the embedding's
-        (backward is twice forward), and attention's, at the keys that the average token of each layer sees."""
+        """FLOPs of training for a token of a sequence of this length: 6 for every active parameter but the embedding's
+        (2 forward, 4 backward), and attention's, for the keys that the average token of each layer sees."""
         c = self.config
         active = self.num_parameters(active=True) - c.vocab_size * c.hidden_size * (not c.tie_word_embeddings)
         keys = sum((length + 1) / 2 if t == FULL else min((length + 1) / 2, c.sliding_window) for t in c.layer_types)
@@ -476,9 +519,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', **overrides):
         """Load a folder, or a Hugging Face hub id, into parameters of this dtype on this device.
 
-        Reads Hugging Face's layout, in bf16, fp32 or MXFP4, and OpenAI's original/. A load-balancing coefficient that the
-        checkpoint holds but leaves switched off (output_router_logits false; published: 0.9) stays off. Overrides are fields of
-        GPTConfig that are to differ, dropout for instance.
+        Reads Hugging Face's layout, in bf16, fp32 or MXFP4, and OpenAI's original/. A load-balancing coefficient that
+        the checkpoint holds but leaves switched off (output_router_logits false; published: 0.9) stays off. Overrides
+        are fields of GPTConfig that are to differ, dropout for instance. Raises ValueError for what it cannot load.
         """
         folder = find_checkpoint(path)
         config = replace(read_config(folder / 'config.json'), **overrides)
@@ -487,12 +530,11 @@ class GPT(nn.Module):
         state = {name: tensor.to(device, dtype) for name, tensor in read_tensors(folder, config)}
         if config.tie_word_embeddings:
             state['lm_head.weight'] = state.get('model.embed_tokens.weight')
-        wanted = {name: p.shape for name, p in model.state_dict().items()}
-        if wrong := [name for name in wanted.keys() | state.keys() if name not in state or wanted.get(name) != state[name].shape]:
-            name = min(wrong)
-            found, shape = state.get(name), wanted.get(name)
-            raise ValueError(f'{folder} does not fit its config.json: {name} is {"missing" if found is None else tuple(found.shape)}, '
-                             f'expected {"no such tensor" if shape is None else tuple(shape)} ({len(wrong)} such tensors)')
+        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if wrong := sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name)):
+            raise ValueError(f'{folder} does not fit the config: {wrong[0]} is {found.get(wrong[0], "missing")}, '
+                             f'expected {expected.get(wrong[0], "no such tensor")} ({len(wrong)} tensors differ)')
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -501,7 +543,7 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, path):
-        """Write config.json and model.safetensors in Hugging Face's layout, which transformers' GptOssForCausalLM loads unchanged."""
+        """Write config.json and model.safetensors in Hugging Face's layout; transformers' GptOssForCausalLM loads them."""
         from safetensors.torch import save_file
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -515,45 +557,48 @@ class GPT(nn.Module):
                 tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
             tensor = tensor.mT if name.endswith('weight') else tensor
             state[name.replace('_weight', '_proj').replace('_bias', '_proj_bias')] = tensor
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / 'model.safetensors', {'format': 'pt'})
-        config = asdict(self.config)
-        rope = {key: config.pop(f'rope_{key}') for key in ('factor', 'beta_fast', 'beta_slow', 'truncate',
-                                                           'original_max_position_embeddings')}
-        config = dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'], **config, rope_scaling=dict(rope_type='yarn', **rope),
-                      hidden_act='silu', attention_bias=True, output_router_logits=self.config.router_aux_loss_coef > 0, torch_dtype=str(self.lm_head.weight.dtype).removeprefix('torch.'))
-        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+        state = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(state, folder / 'model.safetensors', {'format': 'pt'})
+        raw = asdict(self.config)
+        rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
+        raw['rope_theta'] = rope.pop('theta')
+        raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'], hidden_act='silu', attention_bias=True,
+                    rope_scaling=dict(rope_type='yarn', **rope), output_router_logits=raw['router_aux_loss_coef'] > 0,
+                    torch_dtype=str(self.lm_head.weight.dtype).removeprefix('torch.'))
+        (folder / 'config.json').write_text(json.dumps(raw, indent=2) + '\n')
 
 
 def find_checkpoint(path):
-    """The local folder of a checkpoint: a folder that holds config.json or original/config.json, or a download of a hub id."""
+    """The local folder of a checkpoint: one that holds config.json or original/config.json, or a hub id's download."""
     for folder in (Path(path), Path(path) / 'original'):
         if (folder / 'config.json').is_file():
             return folder
     if Path(path).exists() or str(path).count('/') != 1:
-        raise ValueError(f'{path} is no checkpoint: it holds no config.json (nor is it a hub id such as openai/gpt-oss-20b)')
+        raise ValueError(f'{path} is no checkpoint: it holds no config.json, nor is it a hub id like openai/gpt-oss-20b')
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path), allow_patterns=['*.json', '*.safetensors'], ignore_patterns=['original/*', 'metal/*']))
+        return Path(snapshot_download(str(path), allow_patterns=['*.json', '*.safetensors'],
+                                      ignore_patterns=['original/*', 'metal/*']))
     except Exception as error:  # the hub's client raises many kinds; each means that the checkpoint cannot be had
         raise ValueError(f'{path} is no folder here and could not be had from the Hugging Face hub '
                          f'({type(error).__name__}); download it elsewhere and give its folder') from error
 
 
 def read_config(path):
-    """GPTConfig from the config.json of Hugging Face (rope_scaling or rope_parameters) or of OpenAI (flat, other names)."""
+    """GPTConfig from the config.json of Hugging Face (rope_scaling or rope_parameters) or OpenAI (flat, own names)."""
     try:
         raw = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f'{path} is not JSON: {error}') from error
-    openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok', rope_scaling_factor='rope_factor',
-                  initial_context_length='rope_original_max_position_embeddings',
+    openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
+                  initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',
                   rope_ntk_alpha='rope_beta_slow', rope_ntk_beta='rope_beta_fast')
     flat = {openai.get(key, key): value for key, value in raw.items()}
     rope = raw.get('rope_parameters') or raw.get('rope_scaling')
     if rope:
         kind = rope.get('rope_type', rope.get('type', 'default'))
         if kind not in ('yarn', 'default') or rope.get('attention_factor') or rope.get('mscale'):
-            raise ValueError(f'{path} asks for the rope {rope}; this model has yarn, with its usual concentration, and default')
+            raise ValueError(f'{path} asks for the rope {rope}; this model has default, and yarn with its usual scale')
         flat.update(rope_truncate=True)  # transformers' default; gpt-oss's files say false
         flat.update({f'rope_{key.removeprefix("rope_")}': value for key, value in rope.items()})
         if kind == 'default':
@@ -563,8 +608,8 @@ def read_config(path):
             raise ValueError(f'{path} has {key} = {raw[key]}; gpt-oss has {only}')
     if not raw.get('output_router_logits'):
         flat.update(router_aux_loss_coef=0.0)
-    types = {field.name: field.type for field in fields(GPTConfig)}
-    return GPTConfig(**{key: float(value) if types[key] is float else value for key, value in flat.items() if key in types})
+    known = {field.name: field.type for field in fields(GPTConfig)}
+    return GPTConfig(**{key: float(flat[key]) if known[key] is float else flat[key] for key in known if key in flat})
 
 
 # OpenAI's names, piece by piece, and the published Hugging Face names of the experts, to ours
@@ -572,14 +617,15 @@ RENAMES = (('unembedding.', 'lm_head.'), ('embedding.', 'model.embed_tokens.'), 
            ('attn.norm.scale', 'input_layernorm.weight'), ('mlp.norm.scale', 'post_attention_layernorm.weight'),
            ('norm.scale', 'model.norm.weight'), ('.attn.out.', '.self_attn.o_proj.'), ('.attn.', '.self_attn.'),
            ('mlp.gate.', 'mlp.router.'), ('mlp.mlp1_', 'mlp.experts.gate_up_'), ('mlp.mlp2_', 'mlp.experts.down_'),
-           ('_proj_bias', '_bias'), ('experts.gate_up_proj', 'experts.gate_up_weight'), ('experts.down_proj', 'experts.down_weight'))
+           ('_proj_bias', '_bias'), ('experts.gate_up_proj', 'experts.gate_up_weight'),
+           ('experts.down_proj', 'experts.down_weight'))
 
 
 def read_tensors(folder, config):
-    """Yield (name, tensor) of our layout for every tensor in the folder's safetensors files, whichever layout those are in.
+    """Yield (name, tensor) in our layout for every tensor in the folder's safetensors files, whichever is theirs.
 
-    Expert matrices are (E, out, in) in OpenAI's files and in MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files. down_proj
-    is square in gpt-oss, so only the name and format tell, never the shape.
+    Expert matrices are (E, out, in) in OpenAI's files and in MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files.
+    down_proj is square in gpt-oss, so only the name and the format tell, never the shape.
     """
     from safetensors import SafetensorError, safe_open
     files = {}
@@ -597,7 +643,8 @@ def read_tensors(folder, config):
             name = name.replace(old, new)
         if theirs.endswith('blocks'):
             scales = theirs.removesuffix('blocks') + 'scales'
-            tensor, name = dequantize_mxfp4(tensor, files[scales].get_tensor(scales)), name.removesuffix('blocks')[:-1]
+            tensor = dequantize_mxfp4(tensor, files[scales].get_tensor(scales))
+            name = name.removesuffix('blocks')[:-1]
         elif theirs.endswith(('gate_up_proj', 'down_proj')):
             tensor = tensor.mT
         if '.gate_up_' in name:
@@ -611,13 +658,15 @@ def read_tensors(folder, config):
 
 
 def dequantize_mxfp4(blocks, scales):
-    """MXFP4 (OCP Microscaling v1.0): blocks uint8 (E, out, G, 16), two values a byte, the even one in the low nibble, and scales
-    uint8 (E, out, G), exponents biased by 127 -> bf16 (E, out, G * 32), exactly."""
+    """MXFP4 (OCP Microscaling v1.0): blocks uint8 (E, out, G, 16), two values a byte, the even one in the low nibble,
+    and scales uint8 (E, out, G), exponents biased by 127 -> bf16 (E, out, G * 32), exactly."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat((values, -values))
+
     def expand(block, scale):  # one expert at a time: indices are eight bytes a value
         pairs = torch.stack((values[(block & 15).int()], values[(block >> 4).int()]), dim=-1)  # (out, G, 16, 2)
         return torch.ldexp(pairs.flatten(-2), scale[..., None].int() - 127).flatten(-2).to(torch.bfloat16)
+
     return torch.stack([expand(block, scale) for block, scale in zip(blocks, scales)])
 
 

@@ -2,10 +2,11 @@
 Turn text into train.bin, val.bin and meta.json: documents as token ids, each ended by the end-of-text token.
 
     python prepare.py                                                    # TinyStories from the Hugging Face hub
-    python prepare.py --dataset='my/texts/*.txt' --tokenizer=gpt2        # local .txt .jsonl .json .csv .parquet files
+    python prepare.py --dataset='my/texts/*.txt' --tokenizer=gpt2        # local .txt .jsonl .json .csv .parquet
     python prepare.py --dataset=builtin --tokenizer=bpe --vocab_size=512 # made-up stories, needs no network
 
-Memory stays flat whatever the corpus's size: documents are streamed, tokenised on all cores, and written as they come.
+Memory stays flat whatever the corpus's size: documents are streamed, tokenised on all cores, and written as they
+come.
 """
 
 import base64
@@ -29,12 +30,12 @@ from tqdm.auto import tqdm
 import config
 
 # -----------------------------------------------------------------------------
-dataset = 'roneneldan/TinyStories'  # a hub dataset (NAME or NAME:SUBSET), a file, glob or URL of .txt .jsonl .json .csv .parquet, or builtin
+dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .jsonl .json .csv .parquet file, glob or URL; builtin
 tokenizer = 'o200k_harmony'  # any name that tiktoken knows, or byte, char, bpe (trained on the corpus)
 vocab_size = 1024  # tokens that bpe learns, the 256 bytes and end of text included
 data_dir = ''  # where the three files go; empty: data/ and the dataset's name
 max_docs = 0  # read at most this many documents of each split, and fetch no more; 0: all
-val_fraction = 0.1  # where the dataset has no validation split, the last part of the documents (of the text, if fewer than ten)
+val_fraction = 0.1  # without a validation split, the last part of the documents (of the text, if fewer than ten)
 text_column = 'text'  # the column that holds the text
 megabytes = 8.0  # size of the built-in corpus
 seed = 1337  # of the built-in corpus
@@ -42,68 +43,86 @@ num_proc = 0  # threads that tokenise; 0: one a core
 # -----------------------------------------------------------------------------
 
 
-# --- the built-in corpus: stories from a small grammar, with a known entropy -----------------------------------------
+# --- the built-in corpus: stories from a small grammar, with a known entropy --------------------------------------
 
-CHILDREN = [('girl', name, 'she', 'her', 'her') for name in 'Lily Mia Anna Zoe Rose Ella Nora Ruby Clara Alma'.split()] + [
+CHILDREN = [
+    ('girl', name, 'she', 'her', 'her') for name in 'Lily Mia Anna Zoe Rose Ella Nora Ruby Clara Alma'.split()] + [
     ('boy', name, 'he', 'him', 'his') for name in 'Tom Ben Max Sam Leo Finn Jack Hugo Oscar Theo'.split()]
 FRIENDS = 'Pip Momo Bella Coco Dot Fuzzy Gus Hazel Jojo Kiki Luna Nutmeg Olive Poppy Rusty Tilly'.split()
 ANIMALS = 'rabbit fox duck bear mouse frog turtle squirrel hedgehog cat puppy goat'.split()
 TRAITS = 'little kind brave shy clever cheerful quiet funny'.split()
 COLOURS = 'red blue green yellow white purple golden silver'.split()
 THINGS = 'ball kite hat drum boat lantern blanket bell cup basket ring book whistle scarf'.split()
-HOMES = ['in a small house', 'on a farm', 'in a tall tower', 'next to a bakery', 'at the end of a long road', 'in a wooden hut']
+HOMES = ['in a small house', 'on a farm', 'in a tall tower', 'next to a bakery', 'at the end of a long road',
+         'in a wooden hut']
 FAMILY = ['mother', 'father', 'grandmother', 'grandfather', 'aunt', 'uncle']
-PLACES = ['by the river', 'in the forest', 'on the hill', 'in the meadow', 'near the old mill', 'at the lake', 'in the orchard',
-          'by the sea', 'at the market', 'near the bridge']
-SPOTS = ['under a stone', 'behind a tree', 'in the tall grass', 'on a wall', 'inside a hollow log', 'between two bushes', 'on a bench']
+PLACES = ['by the river', 'in the forest', 'on the hill', 'in the meadow', 'near the old mill', 'at the lake',
+          'in the orchard', 'by the sea', 'at the market', 'near the bridge']
+SPOTS = ['under a stone', 'behind a tree', 'in the tall grass', 'on a wall', 'inside a hollow log',
+         'between two bushes', 'on a bench']
 SKIES = 'sunny windy cloudy foggy warm cold'.split()
 FOODS = 'an apple|some bread|a cookie|some soup|a pear|some cake|some cheese|a carrot'.split('|')
-GAMES = ['pick flowers', 'look for shells', 'catch the wind', 'count the clouds', 'climb the rocks', 'play hide and seek', 'have a picnic']
+GAMES = ['pick flowers', 'look for shells', 'catch the wind', 'count the clouds', 'climb the rocks',
+         'play hide and seek', 'have a picnic']
 EVENTS = [  # what may happen on the way; {} are filled by `tell`
-    'They met {other}, who was carrying {food} and {food2}. "Are you hungry?" asked {other}. They sat down and ate it all together.',
-    'Suddenly it began to rain, so they hid {spot} until the sun came back. {friend} sang a song about {thing} and they both laughed.',
-    '{friend} saw a bird with a broken wing. {child} made a soft bed for it {spot}, and {friend} gave it {food}. Soon the bird could fly.',
-    'There was a loud noise {place2}. It was only {other}, who had dropped {thing} into the water. {child} helped to pull it out.',
-    '{child} fell down and hurt {his} {part}. "Do not cry," said {friend}. {friend} found a leaf, put it on the {part} and told a joke.',
-    'They built a {size} castle of {stuff}. When it was done, {other} came by and said it was the best castle {place2}.',
-    '{other} was lost and did not know the way. "We can help you," said {child}. They walked {place2}, and {other} was safe at last.',
-    'They raced to {goal}. {winner} won, but {friend} said that running together was the best part. Then they shared {food}.',
-    'A {trait} wind took {thing} from {other} and blew it up into the sky. {child} jumped {count} times and caught it.',
+    ('They met {other}, who was carrying {food} and {food2}. "Are you hungry?" asked {other}. '
+     'They sat down and ate it all together.'),
+    ('Suddenly it began to rain, so they hid {spot} until the sun came back. '
+     '{friend} sang a song about {thing} and they both laughed.'),
+    ('{friend} saw a bird with a broken wing. {child} made a soft bed for it {spot}, and {friend} gave it {food}. '
+     'Soon the bird could fly.'),
+    ('There was a loud noise {place2}. It was only {other}, who had dropped {thing} into the water. '
+     '{child} helped to pull it out.'),
+    ('{child} fell down and hurt {his} {part}. "Do not cry," said {friend}. '
+     '{friend} found a leaf, put it on the {part} and told a joke.'),
+    ('They built a {size} castle of {stuff}. '
+     'When it was done, {other} came by and said it was the best castle {place2}.'),
+    ('{other} was lost and did not know the way. "We can help you," said {child}. '
+     'They walked {place2}, and {other} was safe at last.'),
+    ('They raced to {goal}. {winner} won, but {friend} said that running together was the best part. '
+     'Then they shared {food}.'),
+    ('A {trait} wind took {thing} from {other} and blew it up into the sky. '
+     '{child} jumped {count} times and caught it.'),
 ]
 
 
 def tell(pick):
-    """One story. pick(options) chooses; every choice can be read off the text, so the text's probability is the choices'."""
+    """One story. pick(options) chooses; the text gives every choice away, so its probability is the choices'."""
     kind, child, he, him, his = pick(CHILDREN)
     friend, animal, trait, trait2 = pick(FRIENDS), pick(ANIMALS), pick(TRAITS), pick(TRAITS)
     colour, thing, home, giver = pick(COLOURS), pick(THINGS), pick(HOMES), pick(FAMILY)
     place, spot, game = pick(PLACES), pick(SPOTS), pick(GAMES)
-    lines = [f'Once upon a time there was a {trait} {kind} named {child}, who lived {home}. {child} had a {trait2} friend, a {animal} '
-             f'named {friend}. What {child} loved most was a {colour} {thing}, which {his} {giver} had made for {him}.\n',
-             f'One {pick(SKIES)} {pick(["morning", "afternoon"])}, {child} and {friend} went out to {game} {place}. {child} put the '
-             f'{colour} {thing} {spot}, so that it would be safe.']
+    lines = [f'Once upon a time there was a {trait} {kind} named {child}, who lived {home}. '
+             f'{child} had a {trait2} friend, a {animal} named {friend}. '
+             f'What {child} loved most was a {colour} {thing}, which {his} {giver} had made for {him}.\n',
+             f'One {pick(SKIES)} {pick(["morning", "afternoon"])}, {child} and {friend} went out to {game} '
+             f'{place}. {child} put the {colour} {thing} {spot}, so that it would be safe.']
     for _ in range(pick([2, 3, 4])):
         event = pick(EVENTS)
         slots = dict(child=child, friend=friend, his=his)
         for slot, options in (('food', FOODS), ('spot', SPOTS), ('place2', PLACES), ('trait', ['strong', 'sudden']),
                               ('part', ['knee', 'hand', 'foot', 'nose']), ('size', ['big', 'small', 'round']),
-                              ('stuff', ['sand', 'sticks', 'snow', 'mud']), ('goal', ['the fence', 'a big oak', 'the gate']),
-                              ('winner', [child, friend]), ('count', ['two', 'three', 'four'])):
+                              ('stuff', ['sand', 'sticks', 'snow', 'mud']),
+                              ('goal', ['the fence', 'a big oak', 'the gate']), ('winner', [child, friend]),
+                              ('count', ['two', 'three', 'four'])):
             if f'{{{slot}}}' in event:
                 slots[slot] = pick(options)
         if '{food2}' in event:
             slots['food2'] = pick([f for f in FOODS if f != slots['food']])
         if '{other}' in event:
-            slots['other'] = f'the {pick(["old", "young", "fat", "tiny"])} {pick([a for a in ANIMALS if a != animal])}'
+            slots['other'] = (f'the {pick(["old", "young", "fat", "tiny"])} '
+                              f'{pick([a for a in ANIMALS if a != animal])}')
         if '{thing}' in event:
-            slots['thing'] = f'a {pick([c for c in COLOURS if c != colour])} {pick([t for t in THINGS if t != thing])}'
+            slots['thing'] = (f'a {pick([c for c in COLOURS if c != colour])} '
+                              f'{pick([t for t in THINGS if t != thing])}')
         line = event.format(**slots)
         lines.append(line[0].upper() + line[1:])
     lines[-1] += '\n'
-    lines += [f'When it was time to go home, {child} looked sad. "Where is my {colour} {thing}?" {he} asked. {friend} thought for '
-              f'a while. "You put it {spot} {place}," said the {animal}. They went back, and there it was!\n',
-              f'{child} hugged {friend}. "{pick(["Thank you", "You are the best", "I am so glad"])}, {friend}," {he} said. '
-              f'Then they walked home, and {his} {giver} gave them {pick(FOODS)}. '
+    lines += [f'When it was time to go home, {child} looked sad. "Where is my {colour} {thing}?" {he} asked. '
+              f'{friend} thought for a while. "You put it {spot} {place}," said the {animal}. '
+              'They went back, and there it was!\n',
+              f'{child} hugged {friend}. "{pick(["Thank you", "You are the best", "I am so glad"])}, {friend}," '
+              f'{he} said. Then they walked home, and {his} {giver} gave them {pick(FOODS)}. '
               f'{child}, {friend} and the {colour} {thing} lived happily {home}.']
     return ' '.join(lines).replace('\n ', '\n\n')
 
@@ -113,19 +132,21 @@ def builtin_stories(megabytes, seed):
     rng, size = random.Random(seed), 0
     while size < megabytes * 1e6:
         nats = 0.0
+
         def pick(options):
             nonlocal nats
             nats += math.log(len(options))
             return rng.choice(options)
+
         story = tell(pick)
         size += len(story)
         yield story, nats
 
 
-# --- sources: the documents of a split, as (text, whether the document ends here), for long ones come in pieces -------
+# --- sources: the documents of a split, as (text, whether the document ends here), for long ones come in pieces ---
 
-OFFLINE = ('with no network, --dataset=builtin needs none, --dataset=FILE reads your own .txt .jsonl .json .csv .parquet, '
-           'and --tokenizer=byte, char or bpe need no vocabulary file')
+OFFLINE = ('with no network, --dataset=builtin needs none, --dataset=FILE reads your own .txt .jsonl .json .csv '
+           '.parquet, and --tokenizer=byte, char or bpe need no vocabulary file')
 
 
 @contextmanager
@@ -137,13 +158,15 @@ def reading(what, hint=''):
 
 
 def open_source():
-    """{split: function that yields its pieces, as often as it is called}: train, and validation if the dataset has its own."""
+    """{split: function that yields its pieces, as often as called}: train, and validation if there is one."""
     if dataset == 'builtin':
         return {'train': lambda: limited((story, True) for story, _ in builtin_stories(megabytes, seed))}
     import datasets  # slow to import, so only where it is used
     kinds = {'.txt': 'text', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
-    files = [dataset] if '://' in dataset else sorted(f for f in glob.glob(dataset, recursive=True) if os.path.isfile(f))
-    if not files and not glob.has_magic(dataset) and not os.path.exists(dataset) and Path(dataset).suffix not in kinds:
+    files = [dataset] if '://' in dataset else sorted(
+        f for f in glob.glob(dataset, recursive=True) if os.path.isfile(f))
+    if (not files and not glob.has_magic(dataset) and not os.path.exists(dataset)
+            and Path(dataset).suffix not in kinds):
         name, _, subset = dataset.partition(':')
         with reading(f'{dataset}, which is no file here, as a Hugging Face dataset', OFFLINE):
             splits = datasets.load_dataset(name, subset or None, streaming=bool(max_docs))
@@ -158,6 +181,7 @@ def open_source():
             config.fail(f'{file}: its suffix is none of {" ".join(kinds)}')
         if '://' not in file and not os.path.getsize(file):
             config.fail(f'{file} is empty')
+
     def pieces():
         for file in files:
             kind = kinds[Path(file).suffix]
@@ -165,6 +189,7 @@ def open_source():
                 options = dict(keep_linebreaks=True) if kind == 'text' else {}
                 rows = datasets.load_dataset(kind, data_files=[file], split='train', streaming=True, **options)
                 yield from text_file(rows) if kind == 'text' else column(rows, file)
+
     return {'train': lambda: limited(pieces())}
 
 
@@ -187,8 +212,9 @@ def column(rows, source):
             for i, text in enumerate(texts):
                 if not isinstance(text, str):
                     there = ', '.join(name for name, values in batch.items() if values[i] is not None)
-                    config.fail(f'{source}: row {number + i} has {"no text" if text is None else repr(text)[:40]} in column '
-                                f'{text_column!r}; it has the columns {there} (choose one with --text_column=NAME)')
+                    config.fail(f'{source}: row {number + i} has {"no text" if text is None else repr(text)[:40]} '
+                                f'in column {text_column!r}; it has the columns {there} '
+                                '(choose one with --text_column=NAME)')
                 if text:
                     yield text, True
             number += len(texts)
@@ -196,7 +222,8 @@ def column(rows, source):
 
 PIECE = 2 ** 20  # characters that are tokenised together
 DIVIDER = re.compile(r'^<\|endoftext\|>[ \t]*(?:\n|\Z)', re.MULTILINE)
-SEAM = re.compile(r'(?<=[A-Za-z])(?= [A-Za-z])')  # no tokenizer here has a token across this, so a document may be cut there
+# no tokenizer here has a token across this, so a document may be cut there
+SEAM = re.compile(r'(?<=[A-Za-z])(?= [A-Za-z])')
 
 
 def text_file(rows):
@@ -220,7 +247,7 @@ def text_file(rows):
         yield text, True
 
 
-# --- tokenizers, each a tiktoken.Encoding ----------------------------------------------------------------------------
+# --- tokenizers, each a tiktoken.Encoding -------------------------------------------------------------------------
 
 END = '<|endoftext|>'
 PATTERNS = {'byte': r'(?s:.)', 'char': r'(?s:.)', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
@@ -229,16 +256,20 @@ PATTERNS = {'byte': r'(?s:.)', 'char': r'(?s:.)', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}
 def encoding(name, ranks=None):
     """The encoding of tiktoken's by that name, or one of ours made from its {bytes: rank} table."""
     if name in PATTERNS:
-        return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+        return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
+                                 special_tokens={END: len(ranks)})
     if name not in tiktoken.list_encoding_names():
-        config.fail(f'there is no tokenizer {name!r}; there are {", ".join([*PATTERNS, *tiktoken.list_encoding_names()])}')
-    with reading(f"tiktoken's vocabulary file of {name}", f'{OFFLINE}; TIKTOKEN_CACHE_DIR may name a folder of files fetched before'):
+        config.fail(f'there is no tokenizer {name!r}; '
+                    f'there are {", ".join([*PATTERNS, *tiktoken.list_encoding_names()])}')
+    with reading(f"tiktoken's vocabulary file of {name}",
+                 f'{OFFLINE}; TIKTOKEN_CACHE_DIR may name a folder of files fetched before'):
         return tiktoken.get_encoding(name)
 
 
 def load_tokenizer(folder):
-    """The encoding that meta.json in a data folder or a checkpoint names, with its rank table beside it where it has one."""
-    name, table = json.loads((Path(folder) / 'meta.json').read_text())['tokenizer'], Path(folder) / 'tokenizer.tiktoken'
+    """The encoding that meta.json in a data folder or checkpoint names, with its rank table beside it, if any."""
+    name = json.loads((Path(folder) / 'meta.json').read_text())['tokenizer']
+    table = Path(folder) / 'tokenizer.tiktoken'
     if name not in PATTERNS:
         return encoding(name)
     lines = (line.split() for line in table.read_text().splitlines())
@@ -268,7 +299,8 @@ def train_tokenizer(texts):
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    # The library writes bytes as GPT-2 does: printable ones as themselves, the others as the characters from 256 on.
+    # The library writes bytes as GPT-2 does: printable ones as themselves,
+    # the others as the characters from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(other)}
@@ -278,10 +310,10 @@ def train_tokenizer(texts):
     return ranks
 
 
-# --- from pieces to files --------------------------------------------------------------------------------------------
+# --- from pieces to files -----------------------------------------------------------------------------------------
 
 def divide(pieces, documents, characters):
-    """Split off the last val_fraction for validation: of the documents, or of the text where there are fewer than ten."""
+    """Split off the last val_fraction for validation: of the documents, or of the text if fewer than ten."""
     document, character = 0, 0
     first = documents - max(1, round(documents * val_fraction))
     cut = int(characters * (1 - val_fraction))
@@ -298,7 +330,7 @@ def divide(pieces, documents, characters):
 
 
 def batches(pieces):
-    """Group (split, text, ends) into (split, [(text, ends), ...]) of about PIECE characters, a work's worth for a thread."""
+    """Group (split, text, ends) into (split, [(text, ends), ...]) of about PIECE characters, a thread's worth."""
     for split, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
         batch, size = [], 0
         for _, text, ends in group:
@@ -312,11 +344,12 @@ def batches(pieces):
 
 
 def main():
-    for key, good in (('val_fraction', 0 < val_fraction < 1), ('max_docs', max_docs >= 0), ('num_proc', num_proc >= 0),
-                      ('megabytes', 0 < megabytes < 1e9), ('vocab_size', vocab_size >= 257 or tokenizer != 'bpe')):
+    for key, good in (('val_fraction', 0 < val_fraction < 1), ('max_docs', max_docs >= 0),
+                      ('num_proc', num_proc >= 0), ('megabytes', 0 < megabytes < 1e9),
+                      ('vocab_size', vocab_size >= 257 or tokenizer != 'bpe')):
         if not good:
-            config.fail(f'--{key}={globals()[key]} is out of range: val_fraction lies between 0 and 1, max_docs and num_proc are 0 or '
-                        f'more, megabytes above 0, vocab_size at least 257 for bpe')
+            config.fail(f'--{key}={globals()[key]} is out of range: val_fraction lies between 0 and 1, max_docs '
+                        'and num_proc are 0 or more, megabytes above 0, vocab_size at least 257 for bpe')
     name = Path(dataset.partition(':')[0]).stem if dataset != 'builtin' else 'builtin'
     folder = Path(data_dir or Path('data') / (name.replace('*', '') or 'text'))
     encoder = None if tokenizer in PATTERNS else encoding(tokenizer)
@@ -324,11 +357,14 @@ def main():
 
     # First pass, where the split or the tokenizer asks for one: count, and learn the tokenizer.
     counts = dict(documents=0, characters=0)
+
     def counted():
-        for text, ends in tqdm(itertools.chain(*(pieces() for pieces in source.values())), 'reading', unit=' documents', leave=False):
+        for text, ends in tqdm(itertools.chain(*(pieces() for pieces in source.values())), 'reading',
+                               unit=' documents', leave=False):
             counts['documents'] += ends
             counts['characters'] += len(text)
             yield text
+
     if tokenizer in PATTERNS or 'validation' not in source:
         texts = counted()
         encoder = encoder or encoding(tokenizer, train_tokenizer(texts))
@@ -338,30 +374,36 @@ def main():
 
     # Second pass: tokenise on all cores, write in order. Files get their names when all is well, meta.json last.
     if 'validation' in source:
-        pieces = ((name, *piece) for name, split in (('train', 'train'), ('val', 'validation')) for piece in source[split]())
+        pieces = ((name, *piece) for name, split in (('train', 'train'), ('val', 'validation'))
+                  for piece in source[split]())
     else:
         pieces = divide(source['train'](), **counts)
     dtype = np.dtype(np.uint16 if encoder.max_token_value < 2 ** 16 else np.uint32)
     meta = dict(dataset=dataset, tokenizer=tokenizer, vocab_size=encoder.max_token_value + 1, dtype=dtype.name,
                 **{f'{split}_{what}': 0 for split in ('train', 'val') for what in ('tokens', 'bytes', 'documents')})
+
     def encode(batch):
         tokens = []
         for text, ends in batch:
             tokens.append(encoder.encode_to_numpy(text, disallowed_special=()))
             if ends:
                 tokens.append([encoder.eot_token])
-        return np.concatenate(tokens).astype(dtype), sum(len(text.encode()) for text, _ in batch), sum(ends for _, ends in batch)
+        return (np.concatenate(tokens).astype(dtype), sum(len(text.encode()) for text, _ in batch),
+                sum(ends for _, ends in batch))
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryDirectory(dir=folder) as partial, ThreadPoolExecutor(num_proc or os.cpu_count()) as pool,
+    with (tempfile.TemporaryDirectory(dir=folder) as partial,
+          ThreadPoolExecutor(num_proc or os.cpu_count()) as pool,
           tqdm(desc='tokenising', unit=' tokens', unit_scale=True, leave=False) as progress):
         files = {split: open(Path(partial) / f'{split}.bin', 'wb') for split in ('train', 'val')}
+
         def write(split, result):
             tokens, size, documents = result.result()
             files[split].write(tokens)
             progress.update(len(tokens))
             for what, number in (('tokens', len(tokens)), ('bytes', size), ('documents', documents)):
                 meta[f'{split}_{what}'] += number
+
         waiting = deque()
         for split, batch in batches(pieces):
             waiting.append((split, pool.submit(encode, batch)))
@@ -378,7 +420,8 @@ def main():
             nats = [nats for _, nats in builtin_stories(megabytes, seed)][:max_docs or None]
             meta['perfect_loss'] = sum(nats[meta['train_documents']:]) / meta['val_tokens']
         if tokenizer in PATTERNS:
-            table = (f'{base64.b64encode(encoder.decode_single_token_bytes(rank)).decode()} {rank}\n' for rank in range(encoder.eot_token))
+            table = (f'{base64.b64encode(encoder.decode_single_token_bytes(rank)).decode()} {rank}\n'
+                     for rank in range(encoder.eot_token))
             (Path(partial) / 'tokenizer.tiktoken').write_text(''.join(table))
         (Path(partial) / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
         for name in ('meta.json', 'tokenizer.tiktoken'):
@@ -386,8 +429,10 @@ def main():
         for name in ('train.bin', 'val.bin', 'tokenizer.tiktoken', 'meta.json'):
             if (Path(partial) / name).exists():
                 (Path(partial) / name).replace(folder / name)
-    print(f'{folder}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens of {meta["vocab_size"]:,} '
-          f'({dtype}), {(meta["train_bytes"] + meta["val_bytes"]) / (meta["train_tokens"] + meta["val_tokens"]):.2f} bytes a token')
+    print(f'{folder}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens of '
+          f'{meta["vocab_size"]:,} ({dtype}), '
+          f'{(meta["train_bytes"] + meta["val_bytes"]) / (meta["train_tokens"] + meta["val_tokens"]):.2f} '
+          'bytes a token')
 
 
 if __name__ == '__main__':

@@ -34,29 +34,34 @@ dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that the device 
 
 
 def load(path, dtype, device):
-    """The model of a checkpoint, and its tokenizer: the one beside it, or gpt-oss's for a checkpoint of gpt-oss's vocabulary."""
+    """The model of a checkpoint, and its tokenizer: the one beside it, or gpt-oss's for gpt-oss's vocabulary."""
     model = GPT.from_pretrained(path, dtype, device).eval()
     if (Path(path) / 'meta.json').exists():
         return model, load_tokenizer(path)
     if model.config.vocab_size == 201088:
         return model, encoding('o200k_harmony')
-    raise ValueError(f'{path} has no meta.json, so its tokenizer is unknown; copy meta.json (and tokenizer.tiktoken) from its data')
+    raise ValueError(f'{path} has no meta.json, so its tokenizer is unknown; '
+                     'copy meta.json (and tokenizer.tiktoken) from its data')
 
 
 def main():
-    path = init_from or next((str(p) for p in (Path(out_dir, d) for d in ('best', 'last', 'last.old', '.')) if (p / 'config.json').exists()), None)
+    folders = (Path(out_dir, d) for d in ('best', 'last', 'last.old', '.'))
+    path = init_from or next((str(p) for p in folders if (p / 'config.json').exists()), None)
     if path is None:
-        config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with --out_dir or --init_from')
-    for key, good in (('num_samples', num_samples >= 1), ('max_new_tokens', max_new_tokens >= 1), ('top_k', top_k >= 0),
-                      ('seed', 0 <= seed < 2 ** 63)):
+        config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with '
+                    '--out_dir or --init_from')
+    for key, good in (('num_samples', num_samples >= 1), ('max_new_tokens', max_new_tokens >= 1),
+                      ('top_k', top_k >= 0), ('seed', 0 <= seed < 2 ** 63)):
         if not good:
-            config.fail(f'{key} is {globals()[key]}; num_samples and max_new_tokens are at least 1, top_k at least 0 (off)')
+            config.fail(f'{key} is {globals()[key]}; num_samples and max_new_tokens are at least 1, '
+                        'top_k at least 0 (off)')
     where, kind = pick_device(device, dtype)
     torch.manual_seed(seed)
     model, encoder = load(path, getattr(torch, kind), where)
     text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8') if start.startswith('FILE:') else start
     prompt = encode_prompt(encoder, text) or [encoder.eot_token]
-    ends = {encoder.eot_token} | ({200002, 200012} if encoder.name == 'o200k_harmony' else set())  # and return, call
+    ends = {encoder.eot_token} | (
+        {200002, 200012} if encoder.name == 'o200k_harmony' else set())  # and return, call
     idx = torch.tensor([prompt], device=where)
     for _ in range(num_samples):
         # A token may end within a character, so an incremental decoder holds incomplete bytes back.

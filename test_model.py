@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import prepare
-from model import FULL, GPT, SLIDING, GPTConfig, LayerCache, LinearCrossEntropy, dequantize_mxfp4, rope_tables
+from model import FULL, GPT, SLIDING, GPTConfig, KVCache, LinearCrossEntropy, dequantize_mxfp4, rope_tables
 
 ROOT = Path(__file__).parent
-SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-             head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=16, rope_original_max_position_embeddings=64)
+SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+             num_key_value_heads=2, head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=16,
+             rope_original_max_position_embeddings=64)
 
 
 def make(seed=0, **changes):
@@ -43,7 +44,7 @@ def make(seed=0, **changes):
 
 
 def to_ours(name, tensor):
-    """A parameter of transformers, or its gradient, in our name and layout; written apart from model.py's own conversion."""
+    """A parameter of transformers, or its gradient, in our name and layout; not by model.py's own conversion."""
     if '.experts.' not in name:
         return name, tensor
     if 'gate_up' in name:
@@ -60,17 +61,20 @@ def reference(model, path):
     return transformers.GptOssForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation='eager')
 
 
-# --- parity ----------------------------------------------------------------------------------------------------------
+# --- parity -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('length, changes', [
     (300, {}), (1, {}), (16, {}), (17, {}), (33, dict(head_dim=64)), (600, dict(num_hidden_layers=2)),
-    (100, dict(num_key_value_heads=1)), (100, dict(num_key_value_heads=6)), (100, dict(num_local_experts=1, num_experts_per_tok=1)),
-    (20, dict(num_local_experts=64, num_experts_per_tok=1)), (100, dict(num_local_experts=8, num_experts_per_tok=8)),
-    (50, dict(sliding_window=1)), (100, dict(tie_word_embeddings=True)), (100, dict(layer_types=[FULL, FULL, SLIDING])),
-    (100, dict(rope_factor=1.0)), (100, dict(rope_truncate=True)), (100, dict(hidden_size=40, intermediate_size=56)),
+    (100, dict(num_key_value_heads=1)), (100, dict(num_key_value_heads=6)),
+    (100, dict(num_local_experts=1, num_experts_per_tok=1)),
+    (20, dict(num_local_experts=64, num_experts_per_tok=1)),
+    (100, dict(num_local_experts=8, num_experts_per_tok=8)),
+    (50, dict(sliding_window=1)), (100, dict(tie_word_embeddings=True)),
+    (100, dict(layer_types=[FULL, FULL, SLIDING])), (100, dict(rope_factor=1.0)), (100, dict(rope_truncate=True)),
+    (100, dict(hidden_size=40, intermediate_size=56)),
 ], ids=str)
 def test_parity(length, changes, tmp_path):
-    """Logits, loss and every gradient against transformers in fp32, past the window (16) and YaRN's original context (64)."""
+    """Logits, loss and all gradients against transformers in fp32, past the window (16) and YaRN's original 64."""
     model = make(**changes)
     theirs = reference(model, tmp_path)
     tokens = torch.randint(97, (2, length + 1))
@@ -87,7 +91,8 @@ def test_parity(length, changes, tmp_path):
     compared = set()
     for name, p in theirs.named_parameters():
         name, expected = to_ours(name, p.grad)
-        assert torch.linalg.vector_norm(gradients[name] - expected) <= 1e-4 * torch.linalg.vector_norm(expected) + 1e-7, name
+        error = torch.linalg.vector_norm(gradients[name] - expected)
+        assert error <= 1e-4 * torch.linalg.vector_norm(expected) + 1e-7, name
         compared.add(name)
     assert compared == gradients.keys()
     # the loss without the logits is another path: same loss, same gradients
@@ -96,15 +101,16 @@ def test_parity(length, changes, tmp_path):
     assert nothing is None and abs(loss - expected_loss) <= 1e-5
     (3 * loss).backward()
     for name, p in model.named_parameters():
-        assert torch.linalg.vector_norm(p.grad / 3 - gradients[name]) <= 1e-5 * torch.linalg.vector_norm(gradients[name]) + 1e-7, name
+        error = torch.linalg.vector_norm(p.grad / 3 - gradients[name])
+        assert error <= 1e-5 * torch.linalg.vector_norm(gradients[name]) + 1e-7, name
 
 
 def test_published_rope():
     """gpt-oss-20b's frequencies: the ramp lies between pairs 8.093 and 17.398, the concentration is 1.3466."""
     config = GPTConfig()
     cos, sin = rope_tables(config, torch.tensor([0, 1]))
-    assert cos[0, 0].item() == pytest.approx(1.3466, abs=1e-4)
-    frequency = torch.atan2(sin[1], cos[1])
+    assert cos[0, 0, 0].item() == pytest.approx(1.3466, abs=1e-4)
+    frequency = torch.atan2(sin[1, 0, 32:], cos[1, 0, 32:])
     plain = 150000.0 ** (-torch.arange(32) / 32)
     slowed = (torch.arange(32) - 8.093) / (17.398 - 8.093)
     expected = plain * (1 - slowed.clamp(0, 1) * (1 - 1 / 32))
@@ -117,9 +123,11 @@ def test_loss_in_chunks():
     x, w = torch.randn(300, 8, requires_grad=True), torch.randn(2 ** 18, 8, requires_grad=True)
     targets = torch.randint(-1, len(w), (300,))
     assert 2 ** 26 // len(w) < 300
+
     def gradients(loss, x, w):
         loss = loss(x, w)
         return loss, *torch.autograd.grad(loss, (x, w))
+
     plain = lambda x, w: F.cross_entropy(x @ w.T, targets, ignore_index=-1)
     exact = gradients(plain, x.double(), w.double())
     ours = gradients(lambda x, w: LinearCrossEntropy.apply(x, w, targets, True), x, w)
@@ -130,9 +138,10 @@ def test_loss_in_chunks():
 
 @pytest.mark.parametrize('how', ['autocast', 'bf16 parameters'])
 def test_bf16(how):
-    """bf16 stays within 4 % of fp32 (relative norm) in the logits and 12 % in a matrix's gradient; transformers' own: 3.3 and 11 %.
+    """bf16 stays within 4 % of fp32 (relative norm) in the logits and 12 % in a matrix's gradient.
 
-    Every expert is chosen here, for where the router's choice is close, rounding decides it, and that is no error of ours.
+    transformers' own: 3.3 and 11 %. Every expert is chosen here, for where the router's choice is close, rounding
+    decides it, and that is no error of ours.
     """
     model = make(num_hidden_layers=2, num_experts_per_tok=5)
     idx, targets = torch.randint(97, (2, 300)), torch.randint(97, (2, 300))
@@ -147,24 +156,28 @@ def test_bf16(how):
         logits, loss = model.bfloat16()(idx, targets)
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
     loss.backward()
+
     def off(ours, theirs):
         return (torch.linalg.vector_norm(ours.float() - theirs) / torch.linalg.vector_norm(theirs)).item()
+
     assert off(logits, expected) < 0.04
-    worst = max((off(p.grad, gradients[name]), name) for name, p in model.named_parameters() if name.endswith('weight'))
+    worst = max((off(p.grad, gradients[name]), name) for name, p in model.named_parameters()
+                if name.endswith('weight'))
     assert worst[0] < 0.12, worst
     model.zero_grad()  # the loss without logits, in bf16
     with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
         model(idx, targets, return_logits=False)[1].backward()
-    worst = max((off(p.grad, gradients[name]), name) for name, p in model.named_parameters() if name.endswith('weight'))
+    worst = max((off(p.grad, gradients[name]), name) for name, p in model.named_parameters()
+                if name.endswith('weight'))
     assert worst[0] < 0.12, worst
 
 
-# --- what attention and the cache may see ----------------------------------------------------------------------------
+# --- what attention and the cache may see -------------------------------------------------------------------------
 
 @pytest.mark.parametrize('layer_type', [SLIDING, FULL])
 @pytest.mark.parametrize('length', [16, 50, 64])
 def test_what_a_layer_sees(layer_type, length):
-    """Change one token: exactly the positions from it on change, and in a sliding layer only those within the window."""
+    """Change one token: exactly the positions from it on change, in a sliding layer only those in the window."""
     model = make(num_hidden_layers=1, layer_types=[layer_type]).eval()
     idx = torch.randint(97, (1, length))
     before = model(idx, idx)[0]
@@ -176,19 +189,20 @@ def test_what_a_layer_sees(layer_type, length):
         assert moved.nonzero().flatten().tolist() == list(range(changed, reach))
 
 
-@pytest.mark.parametrize('changes', [{}, dict(num_key_value_heads=1), dict(sliding_window=1), dict(qk_norm=True),
-                                     dict(layer_types=[FULL, FULL, FULL]), dict(num_local_experts=1, num_experts_per_tok=1)], ids=str)
+@pytest.mark.parametrize('changes', [
+    {}, dict(num_key_value_heads=1), dict(sliding_window=1), dict(qk_norm=True),
+    dict(layer_types=[FULL, FULL, FULL]), dict(num_local_experts=1, num_experts_per_tok=1)], ids=str)
 @pytest.mark.parametrize('prompt', [1, 15, 16, 40])
 def test_cache(prompt, changes):
-    """Decoding through the cache, past the window, gives the logits of the whole sequence; sliding layers keep 16 keys."""
+    """Decoding by the cache, past the window, gives the whole sequence's logits; sliding layers keep 16 keys."""
     model = make(**changes).eval()
     idx = torch.randint(97, (2, 70))
     with torch.inference_mode():
-        cache = [LayerCache(model.config, t, 2, 70, torch.float32, 'cpu') for t in model.config.layer_types]
+        cache = KVCache(model.config, 2, 70, torch.float32, 'cpu')
         states = [model.hidden_states(idx[:, :prompt], cache)[0]]
         states += [model.hidden_states(idx[:, t:t + 1], cache)[0] for t in range(prompt, 70)]
         torch.testing.assert_close(torch.cat(states, 1), model.hidden_states(idx)[0], rtol=0, atol=1e-4)
-    for layer, layer_type in zip(cache, model.config.layer_types):
+    for layer, layer_type in zip(cache.layers, model.config.layer_types):
         assert layer.k.size(2) == (model.config.sliding_window if layer_type == SLIDING else 70)
 
 
@@ -219,16 +233,20 @@ def test_sampling_distribution():
     torch.manual_seed(0)
     probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
     logits = probabilities.log().expand(20000, 5)
+
     def shares(*arguments):
-        return [round(n / 20000, 2) for n in torch.bincount(draw(logits, *arguments).flatten(), minlength=5).tolist()]
+        counts = torch.bincount(draw(logits, *arguments).flatten(), minlength=5)
+        return [round(n / 20000, 2) for n in counts.tolist()]
+
     assert shares(1.0, None, None, None) == pytest.approx(probabilities.tolist(), abs=0.02)
     assert shares(1.0, 2, None, None) == pytest.approx([5 / 7, 2 / 7, 0, 0, 0], abs=0.02)
     assert shares(1.0, None, 0.6, None) == pytest.approx([5 / 7, 2 / 7, 0, 0, 0], abs=0.02)
     assert shares(1.0, None, None, 0.25) == pytest.approx([50 / 85, 20 / 85, 15 / 85, 0, 0], abs=0.02)
-    assert shares(0.5, None, None, None) == pytest.approx((probabilities ** 2 / (probabilities ** 2).sum()).tolist(), abs=0.02)
+    squares = probabilities ** 2
+    assert shares(0.5, None, None, None) == pytest.approx((squares / squares.sum()).tolist(), abs=0.02)
 
 
-# --- training's own parts --------------------------------------------------------------------------------------------
+# --- training's own parts -----------------------------------------------------------------------------------------
 
 def test_balance_loss():
     """1 when every expert is as likely; transformers' for one layer, over k; only in training mode."""
@@ -259,7 +277,8 @@ def test_dropout_and_decay():
     decayed, rest = model.configure_optimizer(1e-3, (0.9, 0.95), 0.1).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed['weight_decay'] == 0.1 and rest['weight_decay'] == 0
-    assert {names[id(p)].split('.')[-2] for p in rest['params']} >= {'q_proj', 'experts', 'router', 'input_layernorm', 'q_norm'}
+    assert {names[id(p)].split('.')[-2] for p in rest['params']} >= {
+        'q_proj', 'experts', 'router', 'input_layernorm', 'q_norm'}
     assert all(name.endswith('weight') and 'norm' not in name for name in (names[id(p)] for p in decayed['params']))
     assert len(decayed['params']) + len(rest['params']) == len(names)
 
@@ -274,10 +293,10 @@ def test_active_parameters_and_flops():
     assert model.flops_per_token(1) == pytest.approx(6 * 3.61e9, rel=1e-2)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------------
 
 def mxfp4_blocks(*shape):
-    """Random blocks (..., G, 16) and scales (..., G) for values of this shape, and the values, decoded one by one."""
+    """Random blocks (..., G, 16) and scales (..., G) for values of this shape, and these, decoded one by one."""
     *outer, last = shape
     blocks = torch.randint(256, (*outer, last // 32, 16), dtype=torch.uint8)
     scales = torch.randint(120, 127, (*outer, last // 32), dtype=torch.uint8)
@@ -291,7 +310,7 @@ def mxfp4_blocks(*shape):
 
 
 def quantized(model):
-    """Set the model's experts to values that MXFP4 holds, and return its blocks and scales (E, out, in), gates interleaved."""
+    """Set the model's experts to values MXFP4 holds; return its blocks, scales (E, out, in), gates interleaved."""
     tensors = {}
     for i, layer in enumerate(model.model.layers):
         for part in ('gate_up', 'down'):
@@ -332,7 +351,8 @@ def test_hugging_face_layout(tmp_path):
     # published files say 0.9, with the router's logits off: fine-tuning must not inherit that
     (tmp_path / 'theirs/config.json').write_text(json.dumps(config | dict(router_aux_loss_coef=0.9)))
     assert GPT.from_pretrained(tmp_path / 'theirs').config.router_aux_loss_coef == 0
-    assert transformers.GptOssForCausalLM.from_pretrained(tmp_path / 'ours').config.rope_parameters['truncate'] is False
+    loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path / 'ours')
+    assert loaded.config.rope_parameters['truncate'] is False
     for changes in (dict(tie_word_embeddings=True), dict(qk_norm=True, dropout=0.1, router_aux_loss_coef=0.01)):
         make(**changes).save_pretrained(tmp_path / 'option')
         loaded = GPT.from_pretrained(tmp_path / 'option', torch.float32)
@@ -349,15 +369,16 @@ def test_mxfp4_layouts(tmp_path):
     state = {name: p.data for name, p in model.named_parameters() if '.experts.' not in name}
     original = {}
     for name, tensor in state.items():
-        for old, new in (('model.embed_tokens.weight', 'embedding.weight'), ('lm_head', 'unembedding'), ('model.layers', 'block'),
-                         ('input_layernorm.weight', 'attn.norm.scale'), ('post_attention_layernorm.weight', 'mlp.norm.scale'),
-                         ('model.norm.weight', 'norm.scale'), ('self_attn.o_proj', 'attn.out'), ('self_attn', 'attn'),
-                         ('mlp.router', 'mlp.gate')):
+        for old, new in (('model.embed_tokens.weight', 'embedding.weight'), ('lm_head', 'unembedding'),
+                         ('model.layers', 'block'), ('input_layernorm.weight', 'attn.norm.scale'),
+                         ('post_attention_layernorm.weight', 'mlp.norm.scale'), ('model.norm.weight', 'norm.scale'),
+                         ('self_attn.o_proj', 'attn.out'), ('self_attn', 'attn'), ('mlp.router', 'mlp.gate')):
             name = name.replace(old, new)
         original[name] = tensor
     for i, layer in enumerate(model.model.layers):
         for kind in ('weight', 'bias'):
-            original[f'block.{i}.attn.qkv.{kind}'] = torch.cat([original.pop(f'block.{i}.attn.{x}_proj.{kind}') for x in 'qkv'])
+            original[f'block.{i}.attn.qkv.{kind}'] = torch.cat(
+                [original.pop(f'block.{i}.attn.{x}_proj.{kind}') for x in 'qkv'])
         for part, number in (('gate_up', 1), ('down', 2)):
             blocks, scales = packed[i, part]
             bias = getattr(layer.mlp.experts, f'{part}_bias').data
@@ -365,7 +386,8 @@ def test_mxfp4_layouts(tmp_path):
             prefix = f'model.layers.{i}.mlp.experts.{part}_proj'
             state |= {f'{prefix}_blocks': blocks, f'{prefix}_scales': scales, f'{prefix}_bias': bias.contiguous()}
             prefix = f'block.{i}.mlp.mlp{number}'
-            original |= {f'{prefix}_weight.blocks': blocks, f'{prefix}_weight.scales': scales, f'{prefix}_bias': bias.contiguous()}
+            original |= {f'{prefix}_weight.blocks': blocks, f'{prefix}_weight.scales': scales,
+                         f'{prefix}_bias': bias.contiguous()}
     save_file(state, tmp_path / 'hf/model.safetensors')
     assert_same(model, GPT.from_pretrained(tmp_path / 'hf', torch.float32))
     folder = tmp_path / 'openai/original'
@@ -374,9 +396,10 @@ def test_mxfp4_layouts(tmp_path):
     save_file({name: original[name] for name in names[::2]}, folder / 'model--00001-of-00002.safetensors')
     save_file({name: original[name] for name in names[1::2]}, folder / 'model--00002-of-00002.safetensors')
     (folder / 'config.json').write_text(json.dumps(dict(
-        num_hidden_layers=3, num_experts=5, experts_per_token=2, vocab_size=97, hidden_size=64, intermediate_size=64, swiglu_limit=7.0,
-        head_dim=10, num_attention_heads=6, num_key_value_heads=2, sliding_window=16, initial_context_length=64, rope_theta=150000,
-        rope_scaling_factor=32.0, rope_ntk_alpha=1, rope_ntk_beta=32)))
+        num_hidden_layers=3, num_experts=5, experts_per_token=2, vocab_size=97, hidden_size=64,
+        intermediate_size=64, swiglu_limit=7.0, head_dim=10, num_attention_heads=6, num_key_value_heads=2,
+        sliding_window=16, initial_context_length=64, rope_theta=150000, rope_scaling_factor=32.0, rope_ntk_alpha=1,
+        rope_ntk_beta=32)))
     assert_same(model, GPT.from_pretrained(tmp_path / 'openai', torch.float32))
 
 
@@ -389,11 +412,13 @@ def test_broken_checkpoints(tmp_path):
     make().save_pretrained(tmp_path)
     weights, config = tmp_path / 'model.safetensors', json.loads((tmp_path / 'config.json').read_text())
     state = load_file(weights)
+
     def refused(match):
         with pytest.raises(ValueError, match=match):
             GPT.from_pretrained(tmp_path)
+
     (tmp_path / 'config.json').write_text(json.dumps(config | dict(hidden_size=32)))
-    refused('does not fit its config.json')
+    refused('does not fit the config')
     (tmp_path / 'config.json').write_text(json.dumps(config | dict(rope_scaling=dict(rope_type='longrope'))))
     refused('longrope')
     (tmp_path / 'config.json').write_text('{')
@@ -408,17 +433,19 @@ def test_broken_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(num_key_value_heads=4), '6.*4'), (dict(num_experts_per_tok=6), '6.*5'), (dict(sliding_window=0), 'sliding_window is 0'),
-    (dict(head_dim=9), 'head_dim is 9'), (dict(layer_types=[FULL]), '1 entries.*3'), (dict(layer_types=['x'] * 3), 'x'),
-    (dict(dropout=1.0), '1.0'), (dict(rope_factor=0.5), '0.5')])
+    (dict(num_key_value_heads=4), '6.*4'), (dict(num_experts_per_tok=6), '6.*5'),
+    (dict(sliding_window=0), 'sliding_window is 0'), (dict(head_dim=9), 'head_dim is 9'),
+    (dict(layer_types=[FULL]), '1 entries.*3'), (dict(layer_types=['x'] * 3), 'x'), (dict(dropout=1.0), '1.0'),
+    (dict(rope_factor=0.5), '0.5')])
 def test_impossible_shapes(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**SMALL, **changes})
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(temperature=-1), 'temperature is -1'), (dict(top_k=0), 'top_k is 0'), (dict(top_p=0.0), 'top_p is 0'), (dict(min_p=2), 'min_p'),
-    (dict(max_new_tokens=100), '5 tokens.*100.*64'), (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), 'empty')])
+    (dict(temperature=-1), 'temperature is -1'), (dict(top_k=0), 'top_k is 0'), (dict(top_p=0.0), 'top_p is 0'),
+    (dict(min_p=2), 'min_p'), (dict(max_new_tokens=100), '5 tokens.*100.*64'),
+    (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), 'empty')])
 def test_impossible_requests(arguments, message):
     model = make(max_position_embeddings=64)
     with pytest.raises(ValueError, match=message):
@@ -427,7 +454,7 @@ def test_impossible_requests(arguments, message):
         model(torch.zeros(1, 65, dtype=torch.int64))
 
 
-# --- the scripts -----------------------------------------------------------------------------------------------------
+# --- the scripts --------------------------------------------------------------------------------------------------
 
 def run(script, *arguments, cwd=None):
     """Run a script in this process -> (exit status, its output, its errors)."""
@@ -487,53 +514,60 @@ def tokens_of(folder, split):
     return np.fromfile(folder / f'{split}.bin', meta['dtype']).tolist()
 
 
-TINY = ['--hidden_size=32', '--intermediate_size=32', '--num_hidden_layers=2', '--block_size=16', '--batch_size=4', '--sample_tokens=8',
-        '--eval_iters=2', '--start=the', '--device=cpu', '--dtype=float32']
+TINY = ['--hidden_size=32', '--intermediate_size=32', '--num_hidden_layers=2', '--block_size=16', '--batch_size=4',
+        '--sample_tokens=8', '--eval_iters=2', '--start=the', '--device=cpu', '--dtype=float32']
 
 
 def test_stories():
-    """Deterministic by seed; things come back beyond the window; and the text gives every choice away, so the entropy is exact."""
+    """Deterministic by seed; things come back beyond the window; the text gives all choices away: exact entropy."""
     first = list(prepare.builtin_stories(0.05, 1))
     assert first == list(prepare.builtin_stories(0.05, 1)) != list(prepare.builtin_stories(0.05, 2))
     assert all(text.startswith('Once upon a time') for text, _ in first)
+
     def told(choices, seen, rng):
         def pick(options):
             i = choices[len(seen)] if len(seen) < len(choices) else rng.randrange(len(options))
             assert len(set(map(str, options))) == len(options)
             seen.append((i, len(options)))
             return options[i]
+
         return prepare.tell(pick)
+
     rng = random.Random(0)
     for _ in range(10):
         seen = []
         text = told([], seen, rng)
         words = text.split()
         thing = text.split(' loved most was a ')[1].split(',')[0].split()
-        places = [i for i in range(len(words)) if words[i].strip('.,?!"') == thing[0] and words[i + 1].strip('.,?!"') == thing[1]]
+        places = [i for i in range(len(words)) if words[i].strip('.,?!"') == thing[0]
+                  and words[i + 1].strip('.,?!"') == thing[1]]
         assert max(b - a for a, b in zip(places, places[1:])) > 40 and places[-1] - places[0] > 128
         for i, (choice, number) in enumerate(seen):  # whatever follows, another choice is another text
             for other in set(range(number)) - {choice}:
                 assert told([c for c, _ in seen[:i]] + [other], [], rng) != text
 
 
-@pytest.mark.parametrize('tokenizer, dtype', [('byte', 'uint16'), ('char', 'uint16'), ('bpe', 'uint16'), ('gpt2', 'uint16'),
-                                              ('o200k_harmony', 'uint32')])
+@pytest.mark.parametrize('tokenizer, dtype', [
+    ('byte', 'uint16'), ('char', 'uint16'), ('bpe', 'uint16'), ('gpt2', 'uint16'), ('o200k_harmony', 'uint32')])
 def test_round_trip(tokenizer, dtype, tmp_path):
-    """Documents come back from the bins as they were, each ended by the end-of-text token, the last of them in val.bin."""
+    """Documents come back from the bins as they were, each ended by end of text, the last of them in val.bin."""
     if tokenizer in ('gpt2', 'o200k_harmony'):
         vocabulary(tokenizer)
-    texts = [f'Story {i}: naïve café — “über” 日本 🎈 <|endoftext|> 12345\n\n  end{i} ' * (i % 3 + 1) for i in range(40)]
+    texts = [f'Story {i}: naïve café — “über” 日本 🎈 <|endoftext|> 12345\n\n  end{i} ' * (i % 3 + 1)
+             for i in range(40)]
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(dict(text=text, other=1)) + '\n' for text in texts))
     folder = make_data(tmp_path, dataset=tmp_path / '*.jsonl', tokenizer=tokenizer, vocab_size=400)
     meta = json.loads((folder / 'meta.json').read_text())
     encoder = prepare.load_tokenizer(folder)
-    assert meta['dtype'] == dtype and encoder.name == tokenizer and meta['vocab_size'] == encoder.max_token_value + 1
+    assert meta['dtype'] == dtype and encoder.name == tokenizer
+    assert meta['vocab_size'] == encoder.max_token_value + 1
     found = []
     for split, number in (('train', 36), ('val', 4)):
         tokens = tokens_of(folder, split)
         assert tokens[-1] == encoder.eot_token and tokens.count(encoder.eot_token) == number
         assert meta[f'{split}_tokens'] == len(tokens) and meta[f'{split}_documents'] == number
-        assert meta[f'{split}_bytes'] == sum(len(text.encode()) for text in (texts[:36] if split == 'train' else texts[36:]))
+        part = texts[:36] if split == 'train' else texts[36:]
+        assert meta[f'{split}_bytes'] == sum(len(text.encode()) for text in part)
         found.append(encoder.decode(tokens))
     assert found == [''.join(text + '<|endoftext|>' for text in part) for part in (texts[:36], texts[36:])]
     if tokenizer == 'bpe':
@@ -541,7 +575,7 @@ def test_round_trip(tokenizer, dtype, tmp_path):
 
 
 def test_text_files(tmp_path):
-    """Few documents: the text itself is cut, at nine tenths. Lines of <|endoftext|> divide. Long texts go through in pieces."""
+    """Few documents: the text is cut, at nine tenths. Lines of <|endoftext|> divide. Long texts go in pieces."""
     text = ''.join(random.Random(0).choices('abcdef gh\n', k=1234))
     folder = make_data(tmp_path, text)
     encoder = prepare.load_tokenizer(folder)
@@ -549,7 +583,8 @@ def test_text_files(tmp_path):
     assert encoder.decode(tokens_of(folder, 'val')) == text[int(1234 * 0.9):] + '<|endoftext|>'
     documents = [f'line {i}\n\nmore' for i in range(30)]
     folder = make_data(tmp_path, '\n<|endoftext|>\n'.join(documents), tokenizer='byte')
-    assert prepare.load_tokenizer(folder).decode(tokens_of(folder, 'train')).split('<|endoftext|>') == documents[:27] + ['']
+    text = prepare.load_tokenizer(folder).decode(tokens_of(folder, 'train'))
+    assert text.split('<|endoftext|>') == documents[:27] + ['']
     folder = make_data(tmp_path, '\n<|endoftext|>\n'.join(documents), tokenizer='byte', max_docs=20)
     assert json.loads((folder / 'meta.json').read_text())['train_documents'] == 18
 
@@ -560,10 +595,12 @@ def test_pieces_change_nothing(tmp_path, monkeypatch):
     text = ''.join(story for story, _ in prepare.builtin_stories(0.3, 0)) + "it's  a test... 12345 words\n\n\tdone"
     (tmp_path / 'text.txt').write_text(text)
     import datasets
-    rows = datasets.load_dataset('text', data_files=[str(tmp_path / 'text.txt')], split='train', streaming=True, keep_linebreaks=True)
+    rows = datasets.load_dataset('text', data_files=[str(tmp_path / 'text.txt')], split='train', streaming=True,
+                                 keep_linebreaks=True)
     monkeypatch.setattr(prepare, 'PIECE', 1000)
     pieces = list(prepare.text_file(rows))
-    assert len(pieces) > 100 and ''.join(piece for piece, _ in pieces) == text and [ends for _, ends in pieces].index(True) == len(pieces) - 1
+    assert len(pieces) > 100 and ''.join(piece for piece, _ in pieces) == text
+    assert [ends for _, ends in pieces].index(True) == len(pieces) - 1
     for name in ('o200k_harmony', 'gpt2'):
         encoder = vocabulary(name)
         assert [t for piece, _ in pieces for t in encoder.encode_ordinary(piece)] == encoder.encode_ordinary(text)
@@ -577,12 +614,15 @@ def test_local_formats(suffix, tmp_path):
     folder = make_data(tmp_path, dataset=tmp_path / f'x.{suffix}', text_column='story')
     text = prepare.load_tokenizer(folder).decode(tokens_of(folder, 'train'))
     assert text == ''.join(f'document {i}<|endoftext|>' for i in range(18))
-    refused(run('prepare.py', f'--dataset={tmp_path}/x.{suffix}', '--tokenizer=char', f'--data_dir={tmp_path}/no'), 'story', 'number', "'text'")
+    refused(run('prepare.py', f'--dataset={tmp_path}/x.{suffix}', '--tokenizer=char', f'--data_dir={tmp_path}/no'),
+            'story', 'number', "'text'")
 
 
 def test_bad_sources(tmp_path, monkeypatch):
     def prepared(name, *arguments):
-        return run('prepare.py', f'--dataset={tmp_path / name}', '--tokenizer=byte', f'--data_dir={tmp_path}/data', *arguments)
+        return run('prepare.py', f'--dataset={tmp_path / name}', '--tokenizer=byte', f'--data_dir={tmp_path}/data',
+                   *arguments)
+
     refused(prepared('none.txt'), 'none.txt: no such file')
     refused(prepared('*.jsonl'), 'no such file')
     (tmp_path / 'empty.txt').touch()
@@ -601,21 +641,28 @@ def test_bad_sources(tmp_path, monkeypatch):
     refused(prepared('one.txt', '--tokenizer=bpe', '--vocab_size=100'), '100', '257')
     assert not list((tmp_path / 'data').glob('*'))  # nothing half done is left
     import datasets
+
     def offline(*_, **__):
         raise ConnectionError('no route to the hub')
+
     monkeypatch.setattr(datasets, 'load_dataset', offline)
-    refused(run('prepare.py', '--tokenizer=byte', f'--data_dir={tmp_path}/data'), 'roneneldan/TinyStories', 'builtin', '.txt')
+    refused(run('prepare.py', '--tokenizer=byte', f'--data_dir={tmp_path}/data'), 'roneneldan/TinyStories',
+            'builtin', '.txt')
     monkeypatch.setattr(tiktoken, 'get_encoding', offline)
-    refused(run('prepare.py', '--dataset=builtin', f'--data_dir={tmp_path}/data'), 'o200k_harmony', 'byte, char or bpe')
+    refused(run('prepare.py', '--dataset=builtin', f'--data_dir={tmp_path}/data'), 'o200k_harmony',
+            'byte, char or bpe')
 
 
 def test_settings(tmp_path):
     values, given = read_config('config/tinystories.py', '--batch_size=32', '--start=a=b', '--max_iters=1e3')
-    assert (values['batch_size'], values['block_size'], values['start'], values['max_iters']) == (32, 512, 'a=b', 1000)
+    assert (values['batch_size'], values['block_size'], values['start'], values['max_iters']) == (
+        32, 512, 'a=b', 1000)
     assert given >= {'batch_size', 'block_size', 'hidden_size'} and 'grad_clip' not in given
     mine = tmp_path / 'mine.py'
-    mine.write_text('import math\nbatch_size = 3\nblock_size = 2 * batch_size + len([i for i in range(batch_size)])\nnum_samples = 2\n')
-    assert read_config(mine, '--learning_rate=1', '--layer_types=full_attention,full_attention')[0]['block_size'] == 9
+    mine.write_text('import math\nbatch_size = 3\n'
+                    'block_size = 2 * batch_size + len([i for i in range(batch_size)])\nnum_samples = 2\n')
+    values, _ = read_config(mine, '--learning_rate=1', '--layer_types=full_attention,full_attention')
+    assert values['block_size'] == 9
     for script in ('train.py', 'prepare.py', 'sample.py', 'bench.py'):
         status, out, _ = run(script, '--help')
         assert status == 0 and ('--batch_size' in out) == (script in ('train.py', 'bench.py'))
@@ -625,20 +672,26 @@ def test_settings(tmp_path):
 
 @pytest.mark.parametrize('argument, words', [
     ('--learning_rat=1', ["'learning_rat'", 'learning_rate']), ('--batch_size=abc', ["'abc'", 'whole number']),
-    ('--batch_size=1.5', ["'1.5'", 'whole number']), ('--learning_rate=nan', ['number']), ('--wandb_log=2', ['True or False']),
-    ('--out_dir', ['--out_dir=']), ('config/tinystorys.py', ['no such file', 'config/tinystories.py']),
-    ('typo.py', ['typo.py', "'learning_rat'", 'learning_rate']), ('type.py', ['type.py', 'batch_size', 'whole number']),
-    ('crash.py', ['crash.py', 'line 2', 'ZeroDivisionError']), ('syntax.py', ['syntax.py', 'line 1', 'SyntaxError'])])
+    ('--batch_size=1.5', ["'1.5'", 'whole number']), ('--learning_rate=nan', ['number']),
+    ('--wandb_log=2', ['True or False']), ('--out_dir', ['--out_dir=']),
+    ('config/tinystorys.py', ['no such file', 'config/tinystories.py']),
+    ('typo.py', ['typo.py', "'learning_rat'", 'learning_rate']),
+    ('type.py', ['type.py', 'batch_size', 'whole number']),
+    ('crash.py', ['crash.py', 'line 2', 'ZeroDivisionError']),
+    ('syntax.py', ['syntax.py', 'line 1', 'SyntaxError'])])
 def test_bad_settings(argument, words, tmp_path):
-    for name, text in (('typo', 'learning_rat = 1e-3'), ('type', "batch_size = 'x'"), ('crash', 'x = 1\n_y = x / 0'), ('syntax', 'x = = 1')):
+    for name, text in (('typo', 'learning_rat = 1e-3'), ('type', "batch_size = 'x'"),
+                       ('crash', 'x = 1\n_y = x / 0'), ('syntax', 'x = = 1')):
         (tmp_path / f'{name}.py').write_text(text)
     refused(run('train.py', argument, cwd=tmp_path), *words)
 
 
 def test_bad_data(tmp_path):
     data, out = make_data(tmp_path), tmp_path / 'out'
+
     def train(*arguments):
         return run('train.py', f'--data_dir={data}', f'--out_dir={out}', *TINY, '--max_iters=1', *arguments)
+
     refused(train('--block_size=500'), 'val.bin', '221', '501')
     refused(train('--max_position_embeddings=8'), '16', '8')
     refused(train('--num_key_value_heads=3'), '4', '3')
@@ -665,9 +718,10 @@ def test_bad_data(tmp_path):
 
 
 def test_train_and_sample(tmp_path):
-    """A run reaches a loss far below the 2.9 nats of the letters' frequencies, writes what it says, and its sample is the text."""
+    """A run gets far below the 2.9 nats of the letters' frequencies, writes what it says, and samples the text."""
     data, out = make_data(tmp_path), tmp_path / 'out'
-    train = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *TINY, '--max_iters=120', '--eval_interval=60', '--warmup_iters=10']
+    train = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *TINY, '--max_iters=120', '--eval_interval=60',
+             '--warmup_iters=10']
     status, printed, err = run(*train)
     assert status == 0, err
     rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
@@ -685,7 +739,8 @@ def test_train_and_sample(tmp_path):
     status, text, err = run(*sample, '--start=the quick', '--temperature=0', '--num_samples=2')
     assert status == 0 and text.count('the quick brown fox jumps') == 2 and 'tokens/s' in err
     (tmp_path / 'prompt.txt').write_text('the lazy')
-    assert run(*sample, f'--start=FILE:{tmp_path}/prompt.txt', '--temperature=0', f'--init_from={out}/last')[1].startswith('the lazy dog')
+    text = run(*sample, f'--start=FILE:{tmp_path}/prompt.txt', '--temperature=0', f'--init_from={out}/last')[1]
+    assert text.startswith('the lazy dog')
     one, same, other = (run(*sample, f'--seed={seed}', '--temperature=2.0')[1] for seed in (1, 1, 2))
     assert one == same != other
     refused(run(*sample, '--start=QUICK'), "'C', 'I'")
@@ -696,26 +751,29 @@ def test_train_and_sample(tmp_path):
     refused(run('sample.py', f'--out_dir={tmp_path}/none'), 'none holds no checkpoint')
     # the checkpoint is one that others load, and one to start from
     transformers = pytest.importorskip('transformers')
-    theirs = transformers.GptOssForCausalLM.from_pretrained(out / 'best', dtype=torch.float32, attn_implementation='eager')
+    theirs = transformers.GptOssForCausalLM.from_pretrained(out / 'best', dtype=torch.float32,
+                                                            attn_implementation='eager')
     idx = torch.randint(20, (1, 40))
-    torch.testing.assert_close(GPT.from_pretrained(out / 'best', torch.float32)(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
-    status, _, err = run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/more', f'--init_from={out}/best', *TINY[2:],
-                         '--max_iters=1', '--dropout=0.1', '--sample_tokens=0')
+    ours = GPT.from_pretrained(out / 'best', torch.float32)
+    torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+    status, _, err = run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/more', f'--init_from={out}/best',
+                         *TINY[2:], '--max_iters=1', '--dropout=0.1', '--sample_tokens=0')
     assert status == 0, err
     first = json.loads((tmp_path / 'more/metrics.jsonl').read_text().splitlines()[0])
     assert first['val_loss'] == pytest.approx(min(losses.values()), abs=1e-4)
-    refused(run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/more2', f'--init_from={out}/best', '--block_size=16',
-                '--hidden_size=64'), 'does not fit')
+    refused(run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/more2', f'--init_from={out}/best',
+                '--block_size=16', '--hidden_size=64'), 'does not fit')
 
 
 def test_interrupt_and_resume(tmp_path):
-    """A run that SIGTERM or Ctrl-C stops, and that is resumed by the command it prints, ends as one that ran through."""
+    """A run that SIGTERM or Ctrl-C stops, resumed by the command it prints, ends as one that ran through."""
     data = make_data(tmp_path)
-    common = [f'--data_dir={data}', *TINY, '--max_iters=300', '--eval_interval=150', '--log_interval=10', '--dropout=0.1', '--sample_tokens=0']
+    common = [f'--data_dir={data}', *TINY, '--max_iters=300', '--eval_interval=150', '--log_interval=10',
+              '--dropout=0.1', '--sample_tokens=0']
     assert run('train.py', f'--out_dir={tmp_path}/through', *common)[0] == 0
     out = tmp_path / 'out'
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', f'--out_dir={out}', *common], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', f'--out_dir={out}', *common],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while not (out / 'metrics.jsonl').exists() or (out / 'metrics.jsonl').read_text().count('train_loss') < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
@@ -736,16 +794,18 @@ def test_interrupt_and_resume(tmp_path):
 
 
 def test_not_finite(tmp_path):
-    """Steps whose loss is not finite leave the weights alone; after ten in a row the run stops, its checkpoint still good."""
+    """A step of non-finite loss leaves the weights alone; ten in a row stop the run, its checkpoint still good."""
     data, out = make_data(tmp_path), tmp_path / 'out'
     model = GPT(GPTConfig(**{**SMALL, 'vocab_size': 29}))
     with torch.no_grad():
         model.model.embed_tokens.weight[:] = 3e38  # finite, but the loss will not be
         model.lm_head.weight[:] = 3e38
     model.save_pretrained(tmp_path / 'bad')
-    result = run('train.py', f'--data_dir={data}', f'--out_dir={out}', f'--init_from={tmp_path}/bad', *TINY[3:], '--max_iters=100')
+    result = run('train.py', f'--data_dir={data}', f'--out_dir={out}', f'--init_from={tmp_path}/bad', *TINY[3:],
+                 '--max_iters=100')
     refused(result, 'not finite', '10 steps in a row', 'last')
-    before, after = GPT.from_pretrained(tmp_path / 'bad', torch.float32), GPT.from_pretrained(out / 'last', torch.float32)
+    before = GPT.from_pretrained(tmp_path / 'bad', torch.float32)
+    after = GPT.from_pretrained(out / 'last', torch.float32)
     for p, q in zip(before.parameters(), after.parameters()):
         assert torch.equal(p, q)
     assert [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()][-1]['skipped'] == 10
@@ -753,9 +813,11 @@ def test_not_finite(tmp_path):
 
 def test_bench(tmp_path):
     """The figures are there, and those that can be known are right."""
-    status, out, err = run('bench.py', '--rounds=1', '--steps=1', '--new_tokens=4', *TINY[:5], '--device=cpu', f'--json_file={tmp_path}/b.json')
+    status, out, err = run('bench.py', '--rounds=1', '--steps=1', '--new_tokens=4', *TINY[:5], '--device=cpu',
+                           f'--json_file={tmp_path}/b.json')
     assert status == 0, err
     rows = {row['part']: row for row in json.loads((tmp_path / 'b.json').read_text())['rows']}
     assert rows.keys() == {'train', 'prefill', 'decode'} and '| train |' in out
-    assert all(row['tokens_per_second'] > 0 and 0.05 < row['memory'] < 5 for row in rows.values()) and 0 < rows['train']['mfu'] < 1
+    assert all(row['tokens_per_second'] > 0 and 0.05 < row['memory'] < 5 for row in rows.values())
+    assert 0 < rows['train']['mfu'] < 1
     refused(run('bench.py', '--parts=train,walk'), 'walk')

@@ -1,5 +1,5 @@
 """
-Train a GPT-OSS. With no arguments it makes up a corpus of small stories and learns to tell them, in minutes on a laptop's CPU:
+Train a GPT-OSS. With no arguments it makes up a corpus of small stories and learns to tell them, in minutes on a CPU:
 
     python train.py
     python train.py config/tinystories.py --batch_size=32
@@ -75,7 +75,8 @@ seed = 1337  # of the weights, the batches and dropout
 # -----------------------------------------------------------------------------
 settings, given = config.read(__file__, model=True)
 if settings['init_from'] == 'resume':  # the run's own settings, but for what is asked for now
-    state_file = next((p for p in (Path(settings['out_dir'], d, 'state.json') for d in ('last', 'last.old')) if p.exists()), None)
+    state_files = [Path(settings['out_dir'], name, 'state.json') for name in ('last', 'last.old')]
+    state_file = next(filter(Path.exists, state_files), None)
     if state_file is None:
         config.fail(f'{settings["out_dir"]} holds no run to resume')
     state = json.loads(state_file.read_text())
@@ -88,37 +89,41 @@ def check(good, message):
         config.fail(message)
 
 
-for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval'):
+for key in 'batch_size block_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval'.split():
     check(settings[key] >= 1, f'{key} is {settings[key]}; it must be at least 1')
-for key in ('learning_rate', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'sample_tokens', 'seed', 'vocab_size'):
+for key in 'learning_rate min_lr warmup_iters weight_decay grad_clip sample_tokens seed vocab_size'.split():
     check(settings[key] >= 0, f'{key} is {settings[key]}; it must be 0 or more')
 for key in ('beta1', 'beta2', 'cooldown'):
-    check(0 <= settings[key] < 1 or key == 'cooldown' and settings[key] == 1, f'{key} is {settings[key]}; it must lie between 0 and 1')
-check(lr_schedule in ('cosine', 'linear', 'constant'), f'lr_schedule is {lr_schedule!r}; it is cosine, linear or constant')
+    check(0 <= settings[key] < 1 or settings[key] == 1 and key == 'cooldown',
+          f'{key} is {settings[key]}; it must be at least 0 and below 1')
+check(lr_schedule in ('cosine', 'linear', 'constant'),
+      f'lr_schedule is {lr_schedule!r}; it is cosine, linear or constant')
 device, dtype = pick_device(device, dtype)
 device_type = torch.device(device).type
 out = Path(out_dir)
 if init_from != 'resume':
     there = next((p for p in (out / 'last', out / 'last.old', out / 'best') if p.exists()), None)
-    check(overwrite or not there, f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=... starts another elsewhere, '
-                                  f'--overwrite=True replaces it')
+    check(overwrite or not there, f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=NAME starts '
+                                  f'another elsewhere, --overwrite replaces it')
 
 
-# --- data and model --------------------------------------------------------------------------------------------------
+# --- data and model -------------------------------------------------------------------------------------------------
 
 data = Path(data_dir)
 if not (data / 'meta.json').exists():
-    check(data_dir == 'data/builtin', f'{data / "meta.json"} is missing; make the data first: python prepare.py --data_dir={data_dir} '
-                                      f'--dataset=... (python prepare.py --help tells more)')
+    check(data_dir == 'data/builtin', f'{data / "meta.json"} is missing; make the data first: '
+                                      f'python prepare.py --data_dir={data_dir} --dataset=... (--help tells more)')
     print('making the built-in corpus, once:')
-    made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe', f'--data_dir={data_dir}'])
+    made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', f'--data_dir={data_dir}',
+                           '--dataset=builtin', '--tokenizer=bpe'])
     check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
 try:
     meta = json.loads((data / 'meta.json').read_text())
     sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
-    token_dtype, vocabulary, bytes_per_token = np.dtype(meta['dtype']), meta['vocab_size'], meta['val_bytes'] / meta['val_tokens']
+    token_dtype, vocabulary = np.dtype(meta['dtype']), meta['vocab_size']
+    bytes_per_token = meta['val_bytes'] / meta['val_tokens']
 except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-    config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); run prepare.py again')
+    config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
 
 torch.manual_seed(seed)
 settings['vocab_size'] = vocab_size or vocabulary
@@ -128,7 +133,7 @@ try:
         model = GPT(GPTConfig(**shape))
     else:
         source = state_file.parent if init_from == 'resume' else init_from
-        asked = given & shape.keys() | {'router_aux_loss_coef'} | ({'attention_dropout'} if 'dropout' in given else set())
+        asked = given & shape.keys() | {'router_aux_loss_coef', *(['attention_dropout'] if 'dropout' in given else [])}
         model = GPT.from_pretrained(source, torch.float32, **{key: shape[key] for key in asked})
 except ValueError as error:
     config.fail(error)
@@ -152,10 +157,10 @@ if init_from == 'resume':
 def open_bin(split):
     path = data / f'{split}.bin'
     found, expected = path.stat().st_size if path.exists() else 'no file', sizes[split] * token_dtype.itemsize
-    check(found == expected, f'{path}: found {found} bytes, expected {expected} (meta.json: {sizes[split]} tokens of {token_dtype}); '
-                             f'run prepare.py again')
-    check(sizes[split] > block_size, f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = {block_size + 1}; '
-                                     f'take a smaller --block_size or more text')
+    check(found == expected, f'{path}: found {found} bytes, expected {expected} (meta.json: {sizes[split]} tokens of '
+                             f'{token_dtype}); prepare again')
+    check(sizes[split] > block_size, f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = '
+                                     f'{block_size + 1}; take a smaller --block_size or more text')
     tokens = np.memmap(path, token_dtype, 'r')
     largest = max(int(tokens[i:i + 2 ** 24].max()) for i in range(0, len(tokens), 2 ** 24))
     check(largest < vocab_size, f'{path} holds the token id {largest}, but the model has vocab_size {vocab_size}')
@@ -187,18 +192,18 @@ def train_batch():
     """The next batch of an order that follows from the seed alone, so a resumed run goes on where it stopped."""
     global sequences
     sequences += batch_size
-    return to_device(train_tokens, [block_starts(i // blocks)[i % blocks] for i in range(sequences - batch_size, sequences)])
+    numbers = range(sequences - batch_size, sequences)
+    return to_device(train_tokens, [block_starts(i // blocks)[i % blocks] for i in numbers])
 
 
-# --- what happens at intervals ---------------------------------------------------------------------------------------
+# --- what happens at intervals --------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate():
     """Mean loss in nats a token over eval_iters batches spread over the validation tokens, the same ones every time."""
     model.eval()
-    starts = np.linspace(0, len(val_tokens) - block_size - 1, eval_iters * batch_size).astype(int).reshape(eval_iters, -1)
-    losses = []
-    for row in starts:
+    starts, losses = np.linspace(0, len(val_tokens) - block_size - 1, eval_iters * batch_size).astype(int), []
+    for row in starts.reshape(eval_iters, batch_size):
         with autocast:
             losses.append(run(*to_device(val_tokens, row), return_logits=False)[1])
     model.train()
@@ -206,7 +211,7 @@ def evaluate():
 
 
 def expert_load():
-    """The share of the busiest and of the idlest expert in each layer, since the last call; then the counts start anew."""
+    """The shares of the busiest and of the idlest expert in each layer, since the last call."""
     load = torch.stack([layer.mlp.load for layer in model.model.layers]).double()
     load /= load.sum(1, keepdim=True).clamp(min=1)
     for layer in model.model.layers:
@@ -223,8 +228,9 @@ def write_checkpoint(name):
         if (data / file).exists():
             shutil.copy(data / file, new)
     if name == 'last':
-        save_file({f'{name}/{key}': value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()},
-                  new / 'optimizer.safetensors')
+        moments = {f'{name}/{key}': value for name, p in model.named_parameters()
+                   for key, value in optimizer.state[p].items()}
+        save_file(moments, new / 'optimizer.safetensors')
         (new / 'state.json').write_text(json.dumps(dict(step=step, sequences=sequences, best_loss=best_loss,
                                                         scaler=scaler.state_dict(), settings=settings), indent=2))
     shutil.rmtree(old, ignore_errors=True)
@@ -251,9 +257,10 @@ def plot():
     rows = [json.loads(line) for line in open(out / 'metrics.jsonl')]
     pyplot.figure(figsize=(8, 5))
     for key, style in (('train_loss', '-'), ('val_loss', 'o-')):
-        pyplot.plot(*zip(*((row['step'], row[key]) for row in rows if key in row)), style, label=key, markersize=3, linewidth=1)
+        points = [(row['step'], row[key]) for row in rows if key in row]
+        pyplot.plot(*zip(*points), style, label=key, markersize=3, linewidth=1)
     if 'perfect_loss' in meta:
-        pyplot.axhline(meta['perfect_loss'], color='gray', linestyle=':', label='a perfect model, told the whole story so far')
+        pyplot.axhline(meta['perfect_loss'], color='gray', linestyle=':', label='a perfect model')
     pyplot.xlabel('step')
     pyplot.ylabel('loss (nats a token)')
     pyplot.legend()
@@ -272,7 +279,7 @@ def rate(step):
     return min_lr + share * (learning_rate - min_lr)
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------------------------
 
 if wandb_log:
     try:
@@ -336,8 +343,8 @@ try:
             loss += batch_loss.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        # A step whose loss or gradient is not finite must not touch the weights. Fused AdamW skips it on the device, by the
-        # attribute through which GradScaler tells it the same in float16.
+        # A step whose loss or gradient is not finite must not touch the weights. Fused AdamW skips it on the device, by
+        # the attribute through which GradScaler tells it the same in float16.
         bad = ~(loss.isfinite() & norm.isfinite())
         skipped += bad
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
@@ -365,8 +372,8 @@ try:
             losses, busy = [], 0.0
             if skipped_in_a_row >= 10:
                 write_checkpoint('last')
-                config.fail(f'the loss or its gradient was not finite for {int(skipped_in_a_row)} steps in a row, so these were skipped; '
-                            f'{out / "last"} holds the weights from before. Try a lower --learning_rate or --dtype=float32')
+                config.fail(f'the loss or its gradient was not finite for {int(skipped_in_a_row)} steps in a row, which '
+                            f'were skipped; {out / "last"} holds the weights from before. Try a lower --learning_rate')
         else:
             busy += time.perf_counter() - began
         progress.update()
@@ -378,16 +385,19 @@ finally:
     progress.close()
 
 if stopped_by:
-    print(f'{stopped_by}: stopped after step {step}. To go on: python {sys.argv[0]} --out_dir={out_dir} --init_from=resume')
+    print(f'{stopped_by}: stopped after step {step}; to go on:\n'
+          f'python {sys.argv[0]} --out_dir={out_dir} --init_from=resume')
     raise SystemExit(0)
 plot()
-print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, {out / "metrics.jsonl"} the numbers')
+print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, {out / "metrics.jsonl"} '
+      f'the numbers')
 if sample_tokens:
     from prepare import encode_prompt, load_tokenizer
     encoder = load_tokenizer(data)
     try:
         prompt = encode_prompt(encoder, start) if start else [encoder.eot_token]
-        tokens = model.generate(torch.tensor([prompt], device=device), sample_tokens, temperature=0.8, stop=[encoder.eot_token])
+        prompt = torch.tensor([prompt], device=device)
+        tokens = model.generate(prompt, sample_tokens, temperature=0.8, stop=[encoder.eot_token])
         print(f'\n{encoder.decode(tokens[0].tolist())}')
     except ValueError as error:
         config.fail(f'no sample: {error}')

@@ -1,11 +1,12 @@
 """
-The one reader of settings, shared by all scripts: plain assignments near the top of a script, then config files, then flags.
+The one reader of settings, for all scripts: plain assignments near a script's top, then config files, then flags.
 
     python SCRIPT [config/NAME.py ...] [--key=value ...]
 
-Later wins. A setting is declared once, by a top-level `name = value  # meaning` above the script's first def, and its default's
-type is its type; the fields of GPTConfig are declared the same way in model.py. A config file is Python, run with the settings
-so far in sight. It may hold settings of any of the scripts, so that one file serves prepare, train, sample and bench.
+Later wins. A setting is declared once, by a top-level `name = value  # meaning` above the script's first def, and
+its default's type is its type; the fields of GPTConfig are declared the same way in model.py. A config file is
+Python, run with the settings so far in sight. It may hold settings of any of the scripts, so that one file serves
+prepare, train, sample and bench.
 """
 
 import ast
@@ -53,7 +54,7 @@ def declared(path, class_name=None):
 
 
 def convert(key, value, kind):
-    """value, a flag's text or a config file's object, as the type named kind; fails with one line if it is not one."""
+    """value, a flag's text or a config file's object, as the type named kind; fails with one line if it is none."""
     wanted, _, optional = kind.partition(' | ')
     if wanted == 'str' and isinstance(value, str):
         return value
@@ -63,7 +64,8 @@ def convert(key, value, kind):
             result = value.split(',')
         else:
             try:
-                result = ast.literal_eval({'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
+                result = ast.literal_eval(
+                    {'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 fail(f'{key} is {value!r}; it wants {article(kind)}')
     if result is None and optional:
@@ -82,7 +84,8 @@ def convert(key, value, kind):
 
 def article(kind):
     example = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'str': 'a string'}
-    return example.get(kind.partition(' | ')[0], 'names divided by commas') + (', or None' if kind.endswith('None') else '')
+    return (example.get(kind.partition(' | ')[0], 'names divided by commas')
+            + (', or None' if kind.endswith('None') else ''))
 
 
 def nearest(key, valid):
@@ -93,8 +96,8 @@ def nearest(key, valid):
 def read(script, model=False, also=None):
     """The settings of a script (its __file__) as {name: value}, and the set of names that a file or a flag gave.
 
-    With model=True every field of GPTConfig is a setting too, unless the script declares it with a default of its own, and with
-    `also` so is what another script declares.
+    With model=True every field of GPTConfig is a setting too, unless the script declares it with a default of its
+    own, and with `also` so is what another script declares.
     """
     fields = declared(ROOT / 'model.py', 'GPTConfig')
     own = declared(Path(script))
@@ -133,13 +136,15 @@ def read(script, model=False, also=None):
 def run_file(path, values):
     """Run a config file with `values` in sight and return what it assigned."""
     if not Path(path).is_file():
-        fail(f'{path}: no such file; {nearest(path, sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("config/[!_]*.py")))}')
+        files = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('config/[!_]*.py'))
+        fail(f'{path}: no such file; {nearest(path, files)}')
     names = dict(values)
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
         exec(compile(tree, path, 'exec'), names)
     except Exception as error:  # whatever a file can raise, the user wants to know the place
-        line = getattr(error, 'lineno', None) or (error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno)
+        line = getattr(error, 'lineno', None) or (
+            error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno)
         fail(f'{path}{f", line {line}" if line else ""}: {type(error).__name__}: {error}')
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return {key: names[key] for key in names if key in stored and not key.startswith('_')}
