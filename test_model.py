@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import model
 import prepare
 from model import FULL, GPT, SLIDING, GPTConfig, KVCache, LinearCrossEntropy, dequantize_mxfp4, rope_tables
 
@@ -103,6 +104,28 @@ def test_parity(length, changes, tmp_path):
     for name, p in model.named_parameters():
         error = torch.linalg.vector_norm(p.grad / 3 - gradients[name])
         assert error <= 1e-5 * torch.linalg.vector_norm(gradients[name]) + 1e-7, name
+
+
+def test_one_kernel_for_all_experts(monkeypatch):
+    """The path of CUDA, F.grouped_mm, gives what the loop over experts gives, and is one graph with all the rest."""
+    made = make(hidden_size=64, intermediate_size=32, num_local_experts=6)
+    idx, targets = torch.randint(97, (2, 40)), torch.randint(97, (2, 40))
+    made(idx, targets)[1].backward()
+    expected = {name: p.grad.clone() for name, p in made.named_parameters()}
+    monkeypatch.setattr(model, 'grouped_mm_fits', lambda x, w: True)
+    made.zero_grad()
+    made(idx, targets)[1].backward()
+    for name, p in made.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+    compiled, gradients = torch.compile(made, backend='aot_eager', fullgraph=True), []
+    for run, options in ((made, {}), (compiled, {}), (compiled, dict(return_logits=False))):
+        made.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):  # the kernel compiles for bf16 alone
+            run(idx, targets, **options)[1].backward()
+        gradients.append([p.grad.clone() for p in made.parameters()])
+    for eager, *others in zip(*gradients):
+        for other in others:
+            assert torch.linalg.vector_norm(other - eager) < 0.05 * torch.linalg.vector_norm(eager)
 
 
 def test_published_rope():
