@@ -10,17 +10,20 @@ with --compare the implementations take turns, so that a machine that slows down
 go to a JSON file.
 """
 
+import config  # first, for it makes Ctrl-C quiet
+
 import json
 import multiprocessing
 import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 
-import config
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -246,8 +249,13 @@ PEERS = ['ours', 'transformers GptOss', 'transformers GPT-2']
 
 
 def in_fresh_process(job):
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(measure_prepare if job['part'] == 'prepare' else measure, (job,))
+    work = measure_prepare if job['part'] == 'prepare' else measure
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            return pool.submit(work, job).result()
+    except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as error:
+        config.fail(f'{job["model"]}, {job["part"]}: the memory here does not suffice ({type(error).__name__}); '
+                    f'try a smaller --batch_size or --block_size')
 
 
 def median_of_rounds(jobs):
@@ -270,14 +278,14 @@ def print_table(rows):
         print('| ' + ' | '.join(show.get(c, '{}').format(row[c]) if c in row else '' for c in columns) + ' |')
 
 
-def main(settings):
-    where, kind = pick_device(settings['device'], settings['dtype'])
-    for key in ('rounds', 'steps', 'prompt_tokens', 'decode_batch', 'batch_size', 'block_size'):
-        if settings[key] < 1 or new_tokens < 2:
-            config.fail(f'{key} is {settings[key]} and new_tokens {new_tokens}; they must be at least 1 and 2')
-    use_compile = where.startswith('cuda') if settings['compile'] is None else settings['compile']
+def main():
+    where, kind = pick_device(device, dtype)
+    for key in 'rounds steps prompt_tokens new_tokens decode_batch batch_size block_size'.split():
+        if globals()[key] < (least := 2 if key == 'new_tokens' else 1):
+            config.fail(f'{key} is {globals()[key]}; it must be at least {least}')
+    use_compile = where.startswith('cuda') if compile is None else compile
     common = dict(device=where, dtype=kind, compile=use_compile, steps=steps, profile=profile,
-                  prompt_tokens=prompt_tokens, new_tokens=new_tokens, block_size=settings['block_size'],
+                  prompt_tokens=prompt_tokens, new_tokens=new_tokens, block_size=block_size,
                   model='ours', experts='grouped_mm')
     rows = []
     if compare:
@@ -299,9 +307,9 @@ def main(settings):
                 rows[-1]['memory'] /= 1e9
                 print(rows[-1], file=sys.stderr, flush=True)
     else:
-        shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
+        shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
         if not shape['vocab_size']:  # the data's, as in train.py, if the data is there
-            meta = Path(settings['data_dir'], 'meta.json')
+            meta = Path(data_dir, 'meta.json')
             shape['vocab_size'] = json.loads(meta.read_text())['vocab_size'] if meta.exists() else 1024
         try:
             GPTConfig(**shape)
@@ -310,7 +318,7 @@ def main(settings):
         for part in parts.split(','):
             if part not in ('train', 'prefill', 'decode'):
                 config.fail(f'parts is {parts!r}; it takes train, prefill and decode, divided by commas')
-            batch = settings['batch_size'] if part == 'train' else decode_batch
+            batch = batch_size if part == 'train' else decode_batch
             result, = median_of_rounds([common | dict(part=part, shape=shape, batch_size=batch)])
             rows.append(dict(part=part, **result))
             rows[-1]['memory'] /= 1e9
@@ -327,8 +335,5 @@ def main(settings):
 
 if __name__ == '__main__':
     settings, _ = config.read(__file__, model=True, also='train.py')
-    globals().update({key: value for key, value in settings.items() if key in globals()})
-    try:
-        main(settings)
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    globals().update(settings)
+    main()

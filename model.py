@@ -12,11 +12,13 @@ Sources:
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 SLIDING, FULL = 'sliding_attention', 'full_attention'
 
@@ -57,7 +59,8 @@ class GPTConfig:
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
         for field in fields(self):
-            value, least = getattr(self, field.name), 'at least 1' if field.type is int else '0 or more'
+            value = getattr(self, field.name)
+            least = 'at least 1' if field.type is int else '0 or more'
             if field.type is int and value < 1 or field.type is float and not 0 <= value < math.inf:
                 raise ValueError(f'{field.name} is {value}; it must be {least}')
         unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
@@ -149,12 +152,12 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
     if window is None or window >= T:
         # A query sees the sink, as key 0, and its past: the causal triangle, once the queries too have a row in front.
         q, v, mask, causal = F.pad(q, (0, 0, 0, 0, 1, 0)), F.pad(v, (0, 0, 0, 0, 1, 0)), None, True
-        k = torch.cat((key(0, 1.0, 1), k), dim=1)
+        k = torch.cat((key(0, 1.0, 1), k), dim=1)  # all (B, 1 + T, heads, hd + extra)
     else:
         # Blocks of `window` queries see the sink, the block before theirs and their own: exact, and linear in T.
         blocks = -(-T // window)
 
-        def split(x, before=0):
+        def split(x, before=0):  # (B, before + T, heads, ·) -> (B, its blocks, window, heads, ·)
             x = F.pad(x, (0, 0, 0, 0, before, blocks * window - T))
             return x.view(B, -1, window, *x.shape[2:])
 
@@ -162,11 +165,11 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
         k = split(torch.cat((key(1, -2e4, window), k), dim=1))
         k = torch.cat((key(0, 1.0, blocks).unsqueeze(2), k[:, :-1], k[:, 1:]), dim=2).flatten(0, 1)
         v = torch.cat((torch.zeros_like(v[:, 1:, :1]), v[:, :-1], v[:, 1:]), dim=2).flatten(0, 1)
-        q = q.flatten(0, 1)
+        q = q.flatten(0, 1)  # (B * blocks, window, H, ·); keys and values (B * blocks, 1 + 2 * window, KV, ·)
         distance = torch.arange(window, device=q.device)[:, None] - torch.arange(-window, window, device=q.device)
         mask, causal = F.pad((distance >= 0) & (distance < window), (1, 0), value=True), False
-        if q.is_cuda:  # kernels that take a mask take no groups there
-            k, v, KV = k.repeat_interleave(H // KV, dim=2), v.repeat_interleave(H // KV, dim=2), H
+    if q.is_cuda:  # where there is a mask, fp32 or an old GPU, the kernels that take groups of heads would not be used
+        k, v, KV = k.repeat_interleave(H // KV, dim=2), v.repeat_interleave(H // KV, dim=2), H
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                        dropout_p=dropout, is_causal=causal, scale=hd ** -0.5, enable_gqa=H != KV)
     y = y.transpose(1, 2)[..., :hd]
@@ -205,7 +208,12 @@ class Experts(nn.Module):
         """x (N, D) through experts chosen (N, k), weighted by share (N, k) -> (N, D), and rows per expert (E,)."""
         w1, b1 = self.gate_up_weight.to(x.dtype), self.gate_up_bias.to(x.dtype)
         w2, b2 = self.down_weight.to(x.dtype), self.down_bias.to(x.dtype)
-        if len(x) == 1 and not (self.training or x.is_cuda):  # decoding: nothing to sort, so faster
+        if not self.training and torch.compiler.is_compiling() and len(x) <= 8:  # decoding, compiled:
+            # the compiler fuses gather, product and sum into one pass over the chosen weights; eager would copy them
+            hidden = swiglu((w1[chosen] * x[:, None, None]).sum(-1) + b1[chosen], self.limit)  # (N, k, I)
+            outputs = (w2[chosen] * hidden[:, :, None]).sum(-1) + b2[chosen]  # (N, k, D)
+            return (outputs * share.to(x.dtype)[:, :, None]).sum(1), None
+        if not self.training and not x.is_cuda and len(x) == 1:  # decoding, eager: nothing to sort
             ids = chosen[0].tolist()
             hidden = swiglu(torch.cat([F.linear(x, w1[e], b1[e]) for e in ids]), self.limit)
             outputs = [F.linear(h, w2[e], b2[e]) for h, e in zip(hidden.split(1), ids)]
@@ -226,12 +234,13 @@ class Experts(nn.Module):
             # Expert by expert, so that what is between the two matmuls stays in the cache. unbind, for w1[e] would
             # make backward write a whole (E, ...) gradient for each. In low precision every new shape costs the CPU's
             # library a compilation of milliseconds, so the counts are rounded up to few distinct ones.
-            step, counts, done = 256 if x.dtype != torch.float32 and len(x) > 256 else 1, load.tolist(), []
+            multiple, counts, done = 256 if x.dtype != torch.float32 and len(x) > 256 else 1, load.tolist(), []
             weights = zip(w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind())
-            for r, s, (w1, b1, w2, b2) in zip(rows.split(counts), share.split(counts), weights):
+            for r, s, (gate_up, gate_up_bias, down, down_bias) in zip(rows.split(counts), share.split(counts), weights):
                 if len(r):
-                    padded = F.pad(r, (0, 0, 0, -len(r) % step)) if step > 1 else r
-                    done.append(F.linear(swiglu(F.linear(padded, w1, b1), self.limit), w2, b2)[:len(r)] * s)
+                    padded = F.pad(r, (0, 0, 0, -len(r) % multiple)) if multiple > 1 else r
+                    hidden = swiglu(F.linear(padded, gate_up, gate_up_bias), self.limit)
+                    done.append(F.linear(hidden, down, down_bias)[:len(r)] * s)
             rows = torch.cat(done)
         return torch.zeros_like(x).index_add(0, token, rows), load
 
@@ -261,6 +270,7 @@ class MoE(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention, x (B, T, D) -> (B, T, D); with a cache, of the prompt that fills it or of the newest token."""
 
     def __init__(self, config, layer_type):
         super().__init__()
@@ -281,55 +291,54 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None or cache.append(k, v):  # without a cache, or a whole prompt that fills it
+        if cache is not None:
+            remember(k, v, *cache)
+        if cache is None or T > 1:
             y = attention(q, k, v, self.sinks, self.window, self.dropout if self.training else 0.0)
         else:
-            y = cache.attend(q, self.sinks)
+            y = attend_newest(q, self.sinks, *cache)
         return self.o_proj(y.reshape(B, T, -1))
 
 
-class LayerCache:
-    """The keys and values that one layer still needs, (B, KV, size, hd). A sliding layer's is a ring of its window."""
-
-    def __init__(self, config, layer_type, batch_size, length, dtype, device):
-        self.size = min(length, config.sliding_window) if layer_type == SLIDING else length
-        shape = batch_size, config.num_key_value_heads, self.size, config.head_dim
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.seen = 0
-
-    def append(self, k, v):
-        """Store k and v (B, T, KV, hd): a whole prompt in an empty cache (returns True), or the next token (False)."""
-        first, T = self.seen == 0, k.size(1)
-        if T == 1:
-            slots = self.seen % self.size
-            k, v = k[:, 0], v[:, 0]
-        else:
-            keep = min(T, self.size)
-            slots = torch.arange(T - keep, T, device=k.device) % self.size
-            k, v = k[:, -keep:].transpose(1, 2), v[:, -keep:].transpose(1, 2)
-        self.k[:, :, slots], self.v[:, :, slots] = k, v
-        self.seen += T
-        return first
-
-    def attend(self, q, sinks):
-        """Attention of the newest token, q (B, 1, H, hd) -> (B, 1, H, hd). To a softmax the ring's order is all one."""
-        filled = min(self.seen, self.size)
-        k, v = self.k[:, :, :filled], self.v[:, :, :filled]
-        B, KV, _, hd = k.shape
-        logits = q.view(B, KV, -1, hd) @ k.mT * hd ** -0.5  # (B, KV, G, filled)
-        sinks = sinks.to(logits.dtype).view(1, KV, -1, 1).expand(B, -1, -1, 1)
-        return torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1] @ v
-
-
 class KVCache:
-    """A cache for every layer, and RoPE's tables for the positions to come."""
+    """The keys and values that each layer still needs, (B, KV, size, hd); a sliding layer's are a ring of its window.
+
+    Shapes stay as they are from token to token and the position is a tensor, so one compiled step serves every token.
+    """
 
     def __init__(self, config, batch_size, length, dtype, device):
-        self.layers = [LayerCache(config, t, batch_size, length, dtype, device) for t in config.layer_types]
+        sizes = [min(length, config.sliding_window) if t == SLIDING else length for t in config.layer_types]
+        shapes = [(batch_size, config.num_key_value_heads, size, config.head_dim) for size in sizes]
+        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in 'kv') for shape in shapes]
         self.rope = rope_tables(config, torch.arange(length, device=device), dtype)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
+
+    def next(self, T):
+        """For the next T tokens: RoPE's tables (T, 1, hd), and for each layer its keys, its values, the slots that
+        these tokens take (at most T,), and which slots are empty even then (size,)."""
+        positions = self.position + torch.arange(T, device=self.position.device)
+        places = {}  # by size, for computing them once a layer would cost as much as the attention itself
+        for size in {k.size(2) for k, _ in self.layers}:
+            places[size] = positions[-size:] % size, torch.arange(size, device=positions.device) > positions[-1]
+        return *(table[positions] for table in self.rope), [(k, v, *places[k.size(2)]) for k, v in self.layers]
+
+
+def remember(k, v, keys, values, slots, _):
+    """Store k and v (B, T, KV, hd) in their slots of a layer's keys and values; of a long prompt the end."""
+    keys.index_copy_(2, slots, k[:, -len(slots):].transpose(1, 2))
+    values.index_copy_(2, slots, v[:, -len(slots):].transpose(1, 2))
+
+
+def attend_newest(q, sinks, keys, values, _, empty):
+    """Attention of the newest token, q (B, 1, H, hd) -> (B, KV, G, hd). To a softmax the ring's order is all one."""
+    B, KV, _, hd = keys.shape
+    logits = (q.view(B, KV, -1, hd) @ keys.mT * hd ** -0.5).masked_fill(empty, -math.inf)
+    sinks = sinks.to(logits.dtype).view(1, KV, -1, 1).expand(B, -1, -1, 1)
+    return torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1] @ values
 
 
 class Block(nn.Module):
+    """One layer: attention, then experts, each reading the normed residual stream x (B, T, D) and adding to it."""
 
     def __init__(self, config, layer_type):
         super().__init__()
@@ -373,6 +382,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
@@ -410,14 +420,14 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         if cache:
-            seen = cache.layers[0].seen
-            cos, sin = (table[seen:seen + idx.size(1)] for table in cache.rope)
+            cos, sin, caches = cache.next(idx.size(1))
         else:
             cos, sin = rope_tables(self.config, torch.arange(idx.size(1), device=idx.device), x.dtype)
+            caches = [None] * len(self.model.layers)
         balances = []
         with torch.autocast(kind, enabled=False):
-            for i, layer in enumerate(self.model.layers):
-                x, balance = layer(x, cos, sin, cache.layers[i] if cache else None)
+            for layer, layer_cache in zip(self.model.layers, caches):
+                x, balance = layer(x, cos, sin, layer_cache)
                 balances.append(balance)
             return self.model.norm(x), torch.stack(balances).mean() if self.training else None
 
@@ -445,12 +455,24 @@ class GPT(nn.Module):
             loss = loss + self.config.router_aux_loss_coef * balance
         return logits, loss
 
-    @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    def next_logits(self, idx, cache):
+        """Logits (B, V) of the token after idx (B, T), which goes on where the cache's position is."""
+        return self.lm_head(self.hidden_states(idx, cache)[0][:, -1])
+
+    @cached_property
+    def compiled_next_logits(self):
+        mode = 'reduce-overhead' if next(self.parameters()).is_cuda else None  # CUDA graphs
+        return torch.compile(self.next_logits, fullgraph=True, mode=mode)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, vocab_size=None,
+               compile=False):
         """Continue idx (B, T) token by token, yielding each (B,) as it is drawn.
 
         temperature 0 is greedy. top_k keeps the k likeliest tokens (more than there are keeps all), top_p the likeliest
         that together reach that probability, min_p those at least that fraction as likely as the first; None is off.
+        vocab_size keeps to the first so many tokens, where the model has more than its tokenizer.
+        compile makes one graph of the step to a token, which takes a minute once; worth it on GPUs above all.
         """
         B, T = idx.shape
         if T < 1:
@@ -470,21 +492,24 @@ class GPT(nn.Module):
         training = self.training
         self.eval()
         try:
-            for _ in range(max_new_tokens):
-                x, _ = self.hidden_states(idx, cache)
-                idx = draw(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, min_p)
+            for i in range(max_new_tokens):
+                step = self.compiled_next_logits if compile and i else self.next_logits  # i = 0: the prompt
+                logits = step(idx, cache)
+                cache.position += idx.size(1)
+                idx = draw(logits[:, :vocab_size].float(), temperature, top_k, top_p, min_p)
                 yield idx.squeeze(1)
         finally:
             self.train(training)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, stop=()):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, vocab_size=None,
+                 compile=False, stop=()):
         """Continue idx (B, T) -> (B, T + new), sampling as `stream` does.
 
         Ends early once every row has drawn a token of `stop`; a row that ended sooner is filled with what ended it.
         """
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         tokens = [idx]
-        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p):
+        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, vocab_size, compile):
             if stop:
                 new = torch.where(ended, tokens[-1][:, -1], new)
                 ended = torch.isin(new, torch.tensor(list(stop), device=idx.device))
@@ -498,7 +523,8 @@ class GPT(nn.Module):
         (2 forward, 4 backward), and attention's, for the keys that the average token of each layer sees."""
         c = self.config
         active = self.num_parameters(active=True) - c.vocab_size * c.hidden_size * (not c.tie_word_embeddings)
-        keys = sum((length + 1) / 2 if t == FULL else min((length + 1) / 2, c.sliding_window) for t in c.layer_types)
+        windows = [min(length, c.sliding_window) if t == SLIDING else length for t in c.layer_types]
+        keys = sum(w - w * (w - 1) / (2 * length) for w in windows)
         return 6 * active + 12 * c.num_attention_heads * c.head_dim * keys
 
     def num_parameters(self, active=False):
@@ -524,12 +550,16 @@ class GPT(nn.Module):
         are fields of GPTConfig that are to differ, dropout for instance. Raises ValueError for what it cannot load.
         """
         folder = find_checkpoint(path)
+        if 'dropout' in overrides:
+            overrides.setdefault('attention_dropout', None)
         config = replace(read_config(folder / 'config.json'), **overrides)
         with torch.device('meta'):
             model = cls(config)
         state = {name: tensor.to(device, dtype) for name, tensor in read_tensors(folder, config)}
-        if config.tie_word_embeddings:
-            state['lm_head.weight'] = state.get('model.embed_tokens.weight')
+        embedding = state.get('model.embed_tokens.weight')
+        if config.tie_word_embeddings and embedding is not None:
+            if not torch.equal(state.setdefault('lm_head.weight', embedding), embedding):
+                raise ValueError(f'{folder} has a head of its own, so tie_word_embeddings cannot be True')
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if wrong := sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name)):
@@ -543,7 +573,7 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, path):
-        """Write config.json and model.safetensors in Hugging Face's layout; transformers' GptOssForCausalLM loads them."""
+        """Write config.json and model.safetensors in Hugging Face's layout, for transformers' GptOssForCausalLM too."""
         from safetensors.torch import save_file
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -562,7 +592,9 @@ class GPT(nn.Module):
         raw = asdict(self.config)
         rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
         raw['rope_theta'] = rope.pop('theta')
-        raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'], hidden_act='silu', attention_bias=True,
+        if not self.config.qk_norm:  # with it, transformers would load the rest and be silently wrong
+            raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'])
+        raw |= dict(hidden_act='silu', attention_bias=True,
                     rope_scaling=dict(rope_type='yarn', **rope), output_router_logits=raw['router_aux_loss_coef'] > 0,
                     torch_dtype=str(self.lm_head.weight.dtype).removeprefix('torch.'))
         (folder / 'config.json').write_text(json.dumps(raw, indent=2) + '\n')
@@ -574,7 +606,7 @@ def find_checkpoint(path):
         if (folder / 'config.json').is_file():
             return folder
     if Path(path).exists() or str(path).count('/') != 1:
-        raise ValueError(f'{path} is no checkpoint: it holds no config.json, nor is it a hub id like openai/gpt-oss-20b')
+        raise ValueError(f'{path} is no checkpoint: no config.json in it, nor is it a hub id like openai/gpt-oss-20b')
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path), allow_patterns=['*.json', '*.safetensors'],
@@ -587,20 +619,26 @@ def find_checkpoint(path):
 def read_config(path):
     """GPTConfig from the config.json of Hugging Face (rope_scaling or rope_parameters) or OpenAI (flat, own names)."""
     try:
-        raw = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is not JSON: {error}') from error
+        raw = {key: value for key, value in json.loads(Path(path).read_text()).items() if value is not None}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path} is not a JSON object: {error}') from error
     openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
                   initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',
                   rope_ntk_alpha='rope_beta_slow', rope_ntk_beta='rope_beta_fast')
-    flat = {openai.get(key, key): value for key, value in raw.items()}
+    transformers = dict(vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36,
+                        num_attention_heads=64, num_key_value_heads=8, num_local_experts=128, num_experts_per_tok=4)
+    flat = transformers | {openai.get(key, key): value for key, value in raw.items()}
+    if 'sliding_window' not in raw:  # null: no window
+        flat['layer_types'] = [FULL] * flat['num_hidden_layers']
     rope = raw.get('rope_parameters') or raw.get('rope_scaling')
     if rope:
         kind = rope.get('rope_type', rope.get('type', 'default'))
         if kind not in ('yarn', 'default') or rope.get('attention_factor') or rope.get('mscale'):
             raise ValueError(f'{path} asks for the rope {rope}; this model has default, and yarn with its usual scale')
-        flat.update(rope_truncate=True)  # transformers' default; gpt-oss's files say false
-        flat.update({f'rope_{key.removeprefix("rope_")}': value for key, value in rope.items()})
+        # what transformers takes where these are missing; gpt-oss's files have both
+        flat.update(rope_truncate=True)
+        flat.update(rope_original_max_position_embeddings=flat.get('max_position_embeddings', 131072))
+        flat.update({f'rope_{key.removeprefix("rope_")}': value for key, value in rope.items() if value is not None})
         if kind == 'default':
             flat.update(rope_factor=1.0)
     for key, only in (('swiglu_alpha', 1.702), ('attention_bias', True), ('hidden_act', 'silu')):
@@ -643,6 +681,8 @@ def read_tensors(folder, config):
             name = name.replace(old, new)
         if theirs.endswith('blocks'):
             scales = theirs.removesuffix('blocks') + 'scales'
+            if scales not in files:
+                raise ValueError(f'{folder} has {theirs} but no {scales}')
             tensor = dequantize_mxfp4(tensor, files[scales].get_tensor(scales))
             name = name.removesuffix('blocks')[:-1]
         elif theirs.endswith(('gate_up_proj', 'down_proj')):

@@ -9,6 +9,8 @@ Memory stays flat whatever the corpus's size: documents are streamed, tokenised 
 come.
 """
 
+import config  # first, for it makes Ctrl-C quiet
+
 import base64
 import glob
 import itertools
@@ -26,8 +28,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 from tqdm.auto import tqdm
-
-import config
 
 # -----------------------------------------------------------------------------
 dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .jsonl .json .csv .parquet file, glob or URL; builtin
@@ -163,8 +163,10 @@ def open_source():
         return {'train': lambda: limited((story, True) for story, _ in builtin_stories(megabytes, seed))}
     import datasets  # slow to import, so only where it is used
     kinds = {'.txt': 'text', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
-    files = [dataset] if '://' in dataset else sorted(
-        f for f in glob.glob(dataset, recursive=True) if os.path.isfile(f))
+    if '://' in dataset or os.path.isfile(dataset):
+        files = [dataset]
+    else:
+        files = sorted(f for f in glob.glob(dataset, recursive=True) if os.path.isfile(f))
     if (not files and not glob.has_magic(dataset) and not os.path.exists(dataset)
             and Path(dataset).suffix not in kinds):
         name, _, subset = dataset.partition(':')
@@ -186,7 +188,8 @@ def open_source():
         for file in files:
             kind = kinds[Path(file).suffix]
             with reading(file):
-                options = dict(keep_linebreaks=True) if kind == 'text' else {}
+                # as they stand: the lines of a text whole, and the cells of a CSV that say NA or null as text too
+                options = dict(text=dict(keep_linebreaks=True), csv=dict(keep_default_na=False)).get(kind, {})
                 rows = datasets.load_dataset(kind, data_files=[file], split='train', streaming=True, **options)
                 yield from text_file(rows) if kind == 'text' else column(rows, file)
 
@@ -211,7 +214,7 @@ def column(rows, source):
             texts = batch.get(text_column) or [None] * len(next(iter(batch.values())))
             for i, text in enumerate(texts):
                 if not isinstance(text, str):
-                    there = ', '.join(name for name, values in batch.items() if values[i] is not None)
+                    there = ', '.join(name for name, values in batch.items() if values[i] is not None) or 'nothing'
                     config.fail(f'{source}: row {number + i} has {"no text" if text is None else repr(text)[:40]} '
                                 f'in column {text_column!r}; it has the columns {there} '
                                 '(choose one with --text_column=NAME)')
@@ -289,7 +292,10 @@ def train_tokenizer(texts):
     if tokenizer == 'byte':
         return {bytes([i]): i for i in range(256)}
     if tokenizer == 'char':
-        return {c.encode(): i for i, c in enumerate(sorted(set().union(*texts)))}
+        characters = set()
+        for text in texts:
+            characters.update(text)
+        return {c.encode(): i for i, c in enumerate(sorted(characters))}
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
@@ -350,7 +356,7 @@ def main():
         if not good:
             config.fail(f'--{key}={globals()[key]} is out of range: val_fraction lies between 0 and 1, max_docs '
                         'and num_proc are 0 or more, megabytes above 0, vocab_size at least 257 for bpe')
-    name = Path(dataset.partition(':')[0]).stem if dataset != 'builtin' else 'builtin'
+    name = Path(dataset if '://' in dataset else dataset.partition(':')[0]).stem
     folder = Path(data_dir or Path('data') / (name.replace('*', '') or 'text'))
     encoder = None if tokenizer in PATTERNS else encoding(tokenizer)
     source = open_source()
@@ -415,8 +421,10 @@ def main():
             file.close()
         for split in files:
             if not meta[f'{split}_tokens']:
-                config.fail(f'{dataset} leaves nothing for {split}.bin; it has {counts["documents"]} documents')
-        if dataset == 'builtin':  # what a perfect model would score on val.bin, in nats a token
+                documents = meta['train_documents'] + meta['val_documents']
+                config.fail(f'{dataset} leaves nothing for {split}.bin; it has {documents} documents')
+        if dataset == 'builtin' and counts['documents'] >= 10:  # what a perfect model would score on val.bin, in nats a
+            # token, if it saw every story from its beginning
             nats = [nats for _, nats in builtin_stories(megabytes, seed)][:max_docs or None]
             meta['perfect_loss'] = sum(nats[meta['train_documents']:]) / meta['val_tokens']
         if tokenizer in PATTERNS:
@@ -440,7 +448,5 @@ if __name__ == '__main__':
     globals().update(settings)
     try:
         main()
-    except KeyboardInterrupt:
-        config.fail('interrupted; nothing was written')
     except OSError as error:
         config.fail(error)

@@ -5,6 +5,8 @@ Continue a text with a trained model, printed as it is drawn:
     python sample.py --init_from=openai/gpt-oss-20b --start=FILE:prompt.txt --temperature=0
 """
 
+import config  # first, for it makes Ctrl-C quiet
+
 import codecs
 import sys
 import time
@@ -12,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import config
 from bench import pick_device
 from model import GPT
 from prepare import encode_prompt, encoding, load_tokenizer
@@ -68,7 +69,7 @@ def main():
         utf8 = codecs.getincrementaldecoder('utf-8')('replace')
         print(text, end='', flush=True)
         began, drawn = time.perf_counter(), 0
-        for token in model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p):
+        for token in model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab):
             drawn += 1
             if token.item() in ends:
                 break
@@ -82,7 +83,5 @@ if __name__ == '__main__':
     globals().update(settings)
     try:
         main()
-    except KeyboardInterrupt:
-        raise SystemExit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         config.fail(error)

@@ -8,9 +8,10 @@ Train a GPT-OSS. With no arguments it makes up a corpus of small stories and lea
 Every setting below is a flag, and so is every field of model.py's GPTConfig; --help lists them all.
 """
 
+import config  # first, for it makes Ctrl-C quiet
+
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-import config
 from bench import peak_flops, pick_device
 from model import GPT, GPTConfig
 
@@ -46,12 +47,13 @@ num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 32
+initializer_range = 0.04
 router_aux_loss_coef = 0.01
 # AdamW and its schedule
-max_iters = 1000  # optimizer steps in the whole run
-learning_rate = 4e-3  # at its highest
+max_iters = 500  # optimizer steps in the whole run
+learning_rate = 6e-3  # at its highest
 min_lr = 0.0  # at the end
-warmup_iters = 50  # steps of linear warm-up
+warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then straight down over the cooldown) or constant
 cooldown = 0.7  # share of the run over which the linear schedule comes down
 weight_decay = 0.1  # on matrices only
@@ -59,8 +61,8 @@ beta1 = 0.9  # decay of AdamW's mean of the gradient
 beta2 = 0.95  # decay of its mean of the squared gradient
 grad_clip = 1.0  # the gradient's norm is cut to this; 0: never
 # reports
-eval_interval = 200  # steps between evaluations, at which checkpoints are written
-eval_iters = 20  # validation batches, the same ones each time
+eval_interval = 100  # steps between evaluations, at which checkpoints are written
+eval_iters = 10  # validation batches, the same ones each time
 log_interval = 10  # steps between rows of metrics.jsonl
 start = 'Once upon a time'  # what the sample at the end begins with; empty: the end-of-text token
 sample_tokens = 400  # length of that sample; 0: none
@@ -79,8 +81,14 @@ if settings['init_from'] == 'resume':  # the run's own settings, but for what is
     state_file = next(filter(Path.exists, state_files), None)
     if state_file is None:
         config.fail(f'{settings["out_dir"]} holds no run to resume')
-    state = json.loads(state_file.read_text())
-    settings |= {key: value for key, value in state['settings'].items() if key not in given and key in settings}
+    try:
+        state = json.loads(state_file.read_text())
+        step, sequences, best_loss = state['step'], state['sequences'], state['best_loss']
+    except (OSError, ValueError, KeyError) as error:
+        config.fail(f'{state_file} is damaged ({type(error).__name__}: {error}); start anew from the weights with '
+                    f'--init_from={state_file.parent} and another --out_dir')
+    kept = settings.keys() - given - {'out_dir', 'init_from', 'overwrite'}
+    settings |= {key: value for key, value in state['settings'].items() if key in kept}
 globals().update(settings)
 
 
@@ -92,7 +100,7 @@ def check(good, message):
 for key in 'batch_size block_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval'.split():
     check(settings[key] >= 1, f'{key} is {settings[key]}; it must be at least 1')
 for key in 'learning_rate min_lr warmup_iters weight_decay grad_clip sample_tokens seed vocab_size'.split():
-    check(settings[key] >= 0, f'{key} is {settings[key]}; it must be 0 or more')
+    check(0 <= settings[key] < 2 ** 62, f'{key} is {settings[key]}; it must be 0 or more')
 for key in ('beta1', 'beta2', 'cooldown'):
     check(0 <= settings[key] < 1 or settings[key] == 1 and key == 'cooldown',
           f'{key} is {settings[key]}; it must be at least 0 and below 1')
@@ -135,6 +143,10 @@ try:
         source = state_file.parent if init_from == 'resume' else init_from
         asked = given & shape.keys() | {'router_aux_loss_coef', *(['attention_dropout'] if 'dropout' in given else [])}
         model = GPT.from_pretrained(source, torch.float32, **{key: shape[key] for key in asked})
+        for file in ('meta.json', 'tokenizer.tiktoken'):  # beside a checkpoint of ours is what it was trained on
+            theirs, ours = (json.loads(p.read_text())['tokenizer'] if file == 'meta.json' else p.read_text()
+                            for p in (Path(source, file), data / file)) if Path(source, file).exists() else (0, 0)
+            check(theirs == ours, f'{source} was trained with another tokenizer than that of {data_dir}')
 except ValueError as error:
     config.fail(error)
 vocab_size = model.config.vocab_size
@@ -144,14 +156,19 @@ model.to(device)
 optimizer = model.configure_optimizer(learning_rate, (beta1, beta2), weight_decay)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
-step, sequences, best_loss = 0, 0, math.inf  # steps done, sequences seen
-if init_from == 'resume':
-    step, sequences, best_loss = state['step'], state['sequences'], state['best_loss']
+if init_from != 'resume':
+    step, sequences, best_loss = 0, 0, math.inf  # steps done, sequences seen
+else:
     check(step < max_iters, f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
-    scaler.load_state_dict(state['scaler'])
-    saved = load_file(source / 'optimizer.safetensors', device=device)
-    for name, p in model.named_parameters():
-        optimizer.state[p] = {key: saved[f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
+    if state['scaler'] and scaler.is_enabled():
+        scaler.load_state_dict(state['scaler'])
+    try:
+        saved = load_file(source / 'optimizer.safetensors', device=device)
+        for name, p in model.named_parameters():
+            optimizer.state[p] = {key: saved[f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
+    except (OSError, SafetensorError, KeyError) as error:
+        config.fail(f'{source}/optimizer.safetensors is damaged or missing ({type(error).__name__}: {error}); start anew '
+                    f'from the weights with --init_from={source} and another --out_dir')
 
 
 def open_bin(split):
@@ -212,7 +229,7 @@ def evaluate():
 
 def expert_load():
     """The shares of the busiest and of the idlest expert in each layer, since the last call."""
-    load = torch.stack([layer.mlp.load for layer in model.model.layers]).double()
+    load = torch.stack([layer.mlp.load for layer in model.model.layers]).cpu().double()
     load /= load.sum(1, keepdim=True).clamp(min=1)
     for layer in model.model.layers:
         layer.mlp.load.zero_()
@@ -228,7 +245,7 @@ def write_checkpoint(name):
         if (data / file).exists():
             shutil.copy(data / file, new)
     if name == 'last':
-        moments = {f'{name}/{key}': value for name, p in model.named_parameters()
+        moments = {f'{parameter}/{key}': value for parameter, p in model.named_parameters()
                    for key, value in optimizer.state[p].items()}
         save_file(moments, new / 'optimizer.safetensors')
         (new / 'state.json').write_text(json.dumps(dict(step=step, sequences=sequences, best_loss=best_loss,
@@ -242,6 +259,8 @@ def write_checkpoint(name):
 
 def log(**row):
     with open(out / 'metrics.jsonl', 'a') as file:
+        bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        row |= dict.fromkeys(bad)  # to None, for JSON has no NaN
         file.write(json.dumps(dict(step=step, tokens=sequences * block_size, **row)) + '\n')
     if wandb_log:
         wandb.log(row, step=step)
@@ -257,10 +276,11 @@ def plot():
     rows = [json.loads(line) for line in open(out / 'metrics.jsonl')]
     pyplot.figure(figsize=(8, 5))
     for key, style in (('train_loss', '-'), ('val_loss', 'o-')):
-        points = [(row['step'], row[key]) for row in rows if key in row]
-        pyplot.plot(*zip(*points), style, label=key, markersize=3, linewidth=1)
+        points = [(row['step'], row[key]) for row in rows if row.get(key) is not None]
+        pyplot.plot(*zip(*points), style, label=f'{key} (with the load-balancing loss)' if key == 'train_loss' else key,
+                    markersize=3, linewidth=1)
     if 'perfect_loss' in meta:
-        pyplot.axhline(meta['perfect_loss'], color='gray', linestyle=':', label='a perfect model')
+        pyplot.axhline(meta['perfect_loss'], color='gray', linestyle=':', label='perfect, given the whole story')
     pyplot.xlabel('step')
     pyplot.ylabel('loss (nats a token)')
     pyplot.legend()
@@ -287,14 +307,21 @@ if wandb_log:
     except ImportError:
         config.fail('wandb_log needs wandb: pip install wandb')
     wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings)
-if init_from == 'resume':  # what was logged after the checkpoint will be logged again
-    kept = [line for line in open(out / 'metrics.jsonl') if json.loads(line)['step'] <= step]
-    (out / 'metrics.jsonl').write_text(''.join(kept))
-else:
-    for leftover in ('last', 'last.old', 'best', 'best.old'):
-        shutil.rmtree(out / leftover, ignore_errors=True)
+try:
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'metrics.jsonl').write_text('')
+    kept = []
+    if init_from != 'resume':
+        for leftover in ('last', 'last.old', 'best', 'best.old'):
+            shutil.rmtree(out / leftover, ignore_errors=True)
+    elif (out / 'metrics.jsonl').exists():  # what was logged after the checkpoint will be logged again
+        for line in (out / 'metrics.jsonl').read_text().splitlines(keepends=True):
+            try:
+                kept += [line] if json.loads(line)['step'] <= step else []
+            except (ValueError, KeyError):
+                pass  # a line that a crash cut short
+    (out / 'metrics.jsonl').write_text(''.join(kept))
+except OSError as error:
+    config.fail(f'cannot write to {out_dir}: {error}')
 
 stopped_by = None
 def stop(number, frame):
@@ -319,7 +346,7 @@ try:
             val_loss, (busiest, idlest) = evaluate(), expert_load()
             row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
             log(**row, **(dict(expert_load_max=busiest, expert_load_min=idlest) if step else {}))
-            perfect = f' (a perfect model: {meta["perfect_loss"]:.3f})' if 'perfect_loss' in meta else ''
+            perfect = f' (perfect: {meta["perfect_loss"]:.3f})' if 'perfect_loss' in meta else ''
             spread = f', experts get {min(idlest):.0%} to {max(busiest):.0%} of the tokens' if step else ''
             progress.write(f'step {step}: val loss {val_loss:.4f}{perfect}, {row["val_bpb"]:.4f} bits a byte{spread}')
             if step and val_loss < best_loss:
@@ -327,8 +354,8 @@ try:
                 write_checkpoint('best')
         if step > first and (step % eval_interval == 0 or step == max_iters or stopped_by):
             write_checkpoint('last')
-        if step == max_iters or stopped_by:
-            break
+            if step == max_iters or stopped_by:
+                break
 
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -350,14 +377,15 @@ try:
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
         if not scaler.is_enabled():
             optimizer.found_inf = bad.float()
-        scaler.step(optimizer)
+        if device_type != 'mps' or not bad:  # before torch 2.13 MPS ignores found_inf
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         losses.append(loss)
 
         if step % log_interval == 0 or step == max_iters:
-            train_loss = torch.stack(losses).mean().item()  # waits for the device, so the time below is the whole time
+            train_loss = torch.stack(losses).mean().item()  # waits for the device, so this is the whole time
             busy += time.perf_counter() - began
             speed = len(losses) * gradient_accumulation_steps * batch_size * block_size / busy
             shown = dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{speed:,.0f}')
@@ -370,19 +398,21 @@ try:
             log(**row)
             progress.set_postfix(shown, refresh=False)
             losses, busy = [], 0.0
-            if skipped_in_a_row >= 10:
-                write_checkpoint('last')
-                config.fail(f'the loss or its gradient was not finite for {int(skipped_in_a_row)} steps in a row, which '
-                            f'were skipped; {out / "last"} holds the weights from before. Try a lower --learning_rate')
         else:
             busy += time.perf_counter() - began
+        if step % 10 == 0 and skipped_in_a_row >= 10:
+            write_checkpoint('last')
+            config.fail(f'the loss or its gradient was not finite for {int(skipped_in_a_row)} steps in a row, which '
+                        f'were skipped; {out / "last"} holds the weights from before. Try a lower --learning_rate')
         progress.update()
-except KeyboardInterrupt:
-    config.fail('interrupted twice, so no checkpoint was written now')
-except torch.OutOfMemoryError:
+except (torch.OutOfMemoryError, RuntimeError) as error:
+    if not isinstance(error, torch.OutOfMemoryError) and 'memory' not in str(error):
+        raise
     config.fail(f'{device} has too little memory; try a smaller --batch_size with more --gradient_accumulation_steps')
 finally:
     progress.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 if stopped_by:
     print(f'{stopped_by}: stopped after step {step}; to go on:\n'
@@ -393,11 +423,11 @@ print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} h
       f'the numbers')
 if sample_tokens:
     from prepare import encode_prompt, load_tokenizer
-    encoder = load_tokenizer(data)
     try:
-        prompt = encode_prompt(encoder, start) if start else [encoder.eot_token]
-        prompt = torch.tensor([prompt], device=device)
-        tokens = model.generate(prompt, sample_tokens, temperature=0.8, stop=[encoder.eot_token])
+        encoder = load_tokenizer(data)
+        prompt = torch.tensor([encode_prompt(encoder, start) or [encoder.eot_token]], device=device)
+        tokens = model.generate(prompt, sample_tokens, temperature=0.8, vocab_size=encoder.n_vocab,
+                                stop=[encoder.eot_token])
         print(f'\n{encoder.decode(tokens[0].tolist())}')
-    except ValueError as error:
-        config.fail(f'no sample: {error}')
+    except (ValueError, SystemExit) as error:  # the training is done all the same
+        print(f'no sample: {error}')

@@ -21,6 +21,17 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = 'prepare.py', 'train.py', 'sample.py', 'bench.py'
 
 
+def excepthook(kind, error, trace):
+    """Ctrl-C, wherever it comes, is no reason for a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('\ninterrupted', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = excepthook
+
+
 def fail(message):
     """End the script as a user's mistake does: one line that says what was wrong and what to do, exit status 2."""
     for bar in list(tqdm._instances):  # a progress bar would share its line with the message

@@ -1,12 +1,13 @@
 """
-The shape of openai/gpt-oss-120b: 116.8 B parameters, 5.1 B of them active for a token. What is not named here (128 keys of sliding
-window, RoPE with YaRN, the SwiGLU's limit, the vocabulary of o200k_harmony) is gpt-oss's in GPTConfig too.
+The shape of openai/gpt-oss-120b: 116.8 B parameters, 5.1 B of them active for a token.
 
-    python sample.py config/gpt_oss_120b.py --start="The capital of France is"     # the published weights
-    python train.py config/gpt_oss_120b.py --data_dir=...                          # more of the same kind, if you have the GPUs
+    python sample.py config/gpt_oss_120b.py --start="The capital of France is"
+
+What is not named here (the sliding window of 128, RoPE with YaRN, the SwiGLU's limit) is gpt-oss's in GPTConfig too.
+train.py keeps all of a model on one device, so this one is there to sample from, to measure and to take apart.
 """
 
-init_from = 'openai/gpt-oss-120b'  # a hub id, or the folder of a download; scratch trains a new one
+init_from = 'openai/gpt-oss-120b'  # a hub id, or the folder of a download
 tokenizer = 'o200k_harmony'
 out_dir = 'out-gpt-oss-120b'
 
@@ -19,8 +20,8 @@ intermediate_size = 2880
 num_attention_heads = 64
 num_key_value_heads = 8
 head_dim = 64
+initializer_range = 0.02
 
 batch_size = 1
 block_size = 4096
-gradient_accumulation_steps = 16
 learning_rate = 1e-5

@@ -21,6 +21,7 @@ head_dim = 64
 hidden_size = 384
 intermediate_size = 384  # two experts of 8 are active, so a token meets fewer parameters than in nanoGPT's dense model
 dropout = 0.2
+initializer_range = 0.02
 
 max_iters = 5000
 learning_rate = 1e-3

@@ -21,6 +21,7 @@ head_dim = 32
 hidden_size = 128
 intermediate_size = 128
 dropout = 0.0
+initializer_range = 0.02
 
 max_iters = 2000
 learning_rate = 1e-3
