@@ -428,6 +428,6 @@ if sample_tokens:
         prompt = torch.tensor([encode_prompt(encoder, start) or [encoder.eot_token]], device=device)
         tokens = model.generate(prompt, sample_tokens, temperature=0.8, vocab_size=encoder.n_vocab,
                                 stop=[encoder.eot_token])
-        print(f'\n{encoder.decode(tokens[0].tolist())}')
+        print(f'\n{encoder.decode(tokens[0].tolist()).removesuffix("<|endoftext|>")}')
     except (ValueError, SystemExit) as error:  # the training is done all the same
         print(f'no sample: {error}')
