@@ -301,13 +301,14 @@ class Attention(nn.Module):
 
 
 class KVCache:
-    """The keys and values that each layer still needs, (B, KV, size, hd); a sliding layer's are a ring of its window.
+    """The keys and values that each layer still needs, (B, KV, size, hd): a ring of the window, or of `context` tokens.
 
     Shapes stay as they are from token to token and the position is a tensor, so one compiled step serves every token.
     """
 
-    def __init__(self, config, batch_size, length, dtype, device):
-        sizes = [min(length, config.sliding_window) if t == SLIDING else length for t in config.layer_types]
+    def __init__(self, config, batch_size, length, dtype, device, context=None):
+        context = min(length, context or length)
+        sizes = [min(context, config.sliding_window) if t == SLIDING else context for t in config.layer_types]
         shapes = [(batch_size, config.num_key_value_heads, size, config.head_dim) for size in sizes]
         self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in 'kv') for shape in shapes]
         self.rope = rope_tables(config, torch.arange(length, device=device), dtype)
@@ -466,14 +467,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, vocab_size=None,
-               compile=False):
+               context=None, compile=False):
         """Continue idx (B, T) token by token, yielding each (B,) as it is drawn.
 
         temperature 0 is greedy. top_k keeps the k likeliest tokens (more than there are keeps all), top_p the likeliest
         that together reach that probability, min_p those at least that fraction as likely as the first; None is off.
-        vocab_size keeps to the first so many tokens, where the model has more than its tokenizer.
+        vocab_size keeps to the first so many tokens, where the model has more than its tokenizer. context is how far
+        back full attention looks (None: to the beginning); a model trained on blocks of 256 gets lost beyond 256.
         compile makes one graph of the step to a token, which takes a minute once; worth it on GPUs above all.
         """
+        idx = idx[:, -context:] if context else idx
         B, T = idx.shape
         if T < 1:
             raise ValueError('the prompt is empty; give at least one token, the end-of-text token for instance')
@@ -488,7 +491,7 @@ class GPT(nn.Module):
                 raise ValueError(f'{name} is {value}; it must be {wanted}')
         kind, dtype = idx.device.type, self.lm_head.weight.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-        cache = KVCache(self.config, B, T + max_new_tokens, dtype, idx.device)
+        cache = KVCache(self.config, B, T + max_new_tokens, dtype, idx.device, context)
         training = self.training
         self.eval()
         try:
@@ -502,14 +505,15 @@ class GPT(nn.Module):
             self.train(training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, vocab_size=None,
-                 compile=False, stop=()):
+                 context=None, compile=False, stop=()):
         """Continue idx (B, T) -> (B, T + new), sampling as `stream` does.
 
         Ends early once every row has drawn a token of `stop`; a row that ended sooner is filled with what ended it.
         """
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         tokens = [idx]
-        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, vocab_size, compile):
+        options = temperature, top_k, top_p, min_p, vocab_size, context, compile
+        for new in self.stream(idx, max_new_tokens, *options):
             if stop:
                 new = torch.where(ended, tokens[-1][:, -1], new)
                 ended = torch.isin(new, torch.tensor(list(stop), device=idx.device))

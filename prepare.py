@@ -270,13 +270,15 @@ def encoding(name, ranks=None):
 
 
 def load_tokenizer(folder):
-    """The encoding that meta.json in a data folder or checkpoint names, with its rank table beside it, if any."""
-    name = json.loads((Path(folder) / 'meta.json').read_text())['tokenizer']
-    table = Path(folder) / 'tokenizer.tiktoken'
-    if name not in PATTERNS:
-        return encoding(name)
-    lines = (line.split() for line in table.read_text().splitlines())
-    return encoding(name, {base64.b64decode(token): int(rank) for token, rank in lines})
+    """The encoding that meta.json in a data folder or a checkpoint names, from the rank table beside it if it is ours."""
+    try:
+        name = json.loads(Path(folder, 'meta.json').read_text())['tokenizer']
+        if name not in PATTERNS:
+            return encoding(name)
+        lines = Path(folder, 'tokenizer.tiktoken').read_text().splitlines()
+        return encoding(name, {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines})
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f'{folder}: meta.json or tokenizer.tiktoken is damaged ({type(error).__name__}: {error})')
 
 
 def encode_prompt(encoder, text):

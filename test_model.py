@@ -252,6 +252,24 @@ def test_generate():
     assert (both[0, stopped.size(1):] == stop).all()
 
 
+def test_context():
+    """With a context every layer is a ring of it, so that what lies further back does not count."""
+    model = make(layer_types=[FULL] * 3).eval()
+    idx = torch.randint(97, (1, 50))
+    other = idx.clone()
+    other[:, :10] = (idx[:, :10] + 1) % 97
+    assert torch.equal(model.generate(idx, 20, temperature=0, context=30)[:, 30:],
+                       model.generate(other, 20, temperature=0, context=30)[:, 30:])
+    with torch.inference_mode():  # a layer that looks 30 back is a sliding one with that window
+        sliding = make(layer_types=[SLIDING] * 3, sliding_window=30).eval()
+        sliding.load_state_dict(model.state_dict())
+        cache = KVCache(model.config, 1, 80, torch.float32, 'cpu', context=30)
+        for token in idx.split(1, dim=1):
+            logits = model.next_logits(token, cache)
+            cache.position += 1
+        torch.testing.assert_close(logits, sliding(idx)[0][:, -1], rtol=0, atol=1e-4)
+
+
 def test_sampling_distribution():
     """What top_k, top_p and min_p leave, against the same counted out by hand."""
     from model import draw

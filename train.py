@@ -241,9 +241,9 @@ def write_checkpoint(name):
     new, old, folder = (out / f'{name}{suffix}' for suffix in ('.new', '.old', ''))
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
-    for file in ('meta.json', 'tokenizer.tiktoken'):
-        if (data / file).exists():
-            shutil.copy(data / file, new)
+    (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=block_size), indent=2))
+    if (data / 'tokenizer.tiktoken').exists():
+        shutil.copy(data / 'tokenizer.tiktoken', new)
     if name == 'last':
         moments = {f'{parameter}/{key}': value for parameter, p in model.named_parameters()
                    for key, value in optimizer.state[p].items()}
@@ -426,7 +426,7 @@ if sample_tokens:
     try:
         encoder = load_tokenizer(data)
         prompt = torch.tensor([encode_prompt(encoder, start) or [encoder.eot_token]], device=device)
-        tokens = model.generate(prompt, sample_tokens, temperature=0.8, vocab_size=encoder.n_vocab,
+        tokens = model.generate(prompt, sample_tokens, temperature=0.8, vocab_size=encoder.n_vocab, context=block_size,
                                 stop=[encoder.eot_token])
         print(f'\n{encoder.decode(tokens[0].tolist()).removesuffix("<|endoftext|>")}')
     except (ValueError, SystemExit) as error:  # the training is done all the same
