@@ -283,6 +283,7 @@ def plot():
         pyplot.axhline(meta['perfect_loss'], color='gray', linestyle=':', label='perfect, given the whole story')
     pyplot.xlabel('step')
     pyplot.ylabel('loss (nats a token)')
+    pyplot.yscale('log')
     pyplot.legend()
     pyplot.savefig(out / 'loss.png', dpi=120)
 
