@@ -61,7 +61,8 @@ def pick_device(device, dtype):
         else:
             # on CPUs bf16 is fast where the hardware multiplies it,
             # and up to a hundred times slower than fp32 elsewhere
-            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            units = '_is_amx_tile_supported', '_is_avx512_bf16_supported'
+            fast = any(getattr(torch.cpu, unit, bool)() for unit in units)
             dtype = 'bfloat16' if device == 'cpu' and fast else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         config.fail(f'dtype is {dtype!r}; it is auto, bfloat16, float16 or float32')

@@ -270,7 +270,7 @@ def encoding(name, ranks=None):
 
 
 def load_tokenizer(folder):
-    """The encoding that meta.json in a data folder or a checkpoint names, from the rank table beside it if it is ours."""
+    """The encoding that meta.json in a data folder or a checkpoint names, from the rank table beside it if ours."""
     try:
         name = json.loads(Path(folder, 'meta.json').read_text())['tokenizer']
         if name not in PATTERNS:
@@ -351,13 +351,47 @@ def batches(pieces):
             yield split, batch
 
 
+def write_bins(pieces, encoder, dtype, folder):
+    """Tokenise (split, text, ends) on all cores, write folder/train.bin and val.bin in order, and return the counts."""
+    counts = {f'{split}_{what}': 0 for split in ('train', 'val') for what in ('tokens', 'bytes', 'documents')}
+
+    def encode(batch):
+        tokens = []
+        for text, ends in batch:
+            tokens.append(encoder.encode_to_numpy(text, disallowed_special=()))
+            if ends:
+                tokens.append([encoder.eot_token])
+        return np.concatenate(tokens).astype(dtype), batch
+
+    with (open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val,
+          ThreadPoolExecutor(num_proc or os.cpu_count()) as pool,
+          tqdm(desc='tokenising', unit=' tokens', unit_scale=True, leave=False) as progress):
+
+        def write(split, result):
+            tokens, batch = result.result()
+            (train if split == 'train' else val).write(tokens)
+            progress.update(len(tokens))
+            counts[f'{split}_tokens'] += len(tokens)
+            counts[f'{split}_bytes'] += sum(len(text.encode()) for text, _ in batch)
+            counts[f'{split}_documents'] += sum(ends for _, ends in batch)
+
+        waiting = deque()
+        for split, batch in batches(pieces):
+            waiting.append((split, pool.submit(encode, batch)))
+            if len(waiting) > 2 * pool._max_workers:  # so that no more than this is ever in memory
+                write(*waiting.popleft())
+        while waiting:
+            write(*waiting.popleft())
+    return counts
+
+
 def main():
-    for key, good in (('val_fraction', 0 < val_fraction < 1), ('max_docs', max_docs >= 0),
-                      ('num_proc', num_proc >= 0), ('megabytes', 0 < megabytes < 1e9),
-                      ('vocab_size', vocab_size >= 257 or tokenizer != 'bpe')):
+    for key, good, wanted in (('val_fraction', 0 < val_fraction < 1, 'between 0 and 1'),
+                              ('max_docs', max_docs >= 0, '0 or more'), ('num_proc', num_proc >= 0, '0 or more'),
+                              ('megabytes', 0 < megabytes < 1e9, 'above 0'),
+                              ('vocab_size', vocab_size >= 257 or tokenizer != 'bpe', 'at least 257')):
         if not good:
-            config.fail(f'--{key}={globals()[key]} is out of range: val_fraction lies between 0 and 1, max_docs '
-                        'and num_proc are 0 or more, megabytes above 0, vocab_size at least 257 for bpe')
+            config.fail(f'--{key}={globals()[key]} must be {wanted}')
     name = Path(dataset if '://' in dataset else dataset.partition(':')[0]).stem
     folder = Path(data_dir or Path('data') / (name.replace('*', '') or 'text'))
     encoder = None if tokenizer in PATTERNS else encoding(tokenizer)
@@ -380,69 +414,39 @@ def main():
         if not counts['characters']:
             config.fail(f'{dataset} holds no text')
 
-    # Second pass: tokenise on all cores, write in order. Files get their names when all is well, meta.json last.
+    # Second pass: tokenise and write. Files get their names when all is well, meta.json last.
     if 'validation' in source:
         pieces = ((name, *piece) for name, split in (('train', 'train'), ('val', 'validation'))
                   for piece in source[split]())
     else:
         pieces = divide(source['train'](), **counts)
     dtype = np.dtype(np.uint16 if encoder.max_token_value < 2 ** 16 else np.uint32)
-    meta = dict(dataset=dataset, tokenizer=tokenizer, vocab_size=encoder.max_token_value + 1, dtype=dtype.name,
-                **{f'{split}_{what}': 0 for split in ('train', 'val') for what in ('tokens', 'bytes', 'documents')})
-
-    def encode(batch):
-        tokens = []
-        for text, ends in batch:
-            tokens.append(encoder.encode_to_numpy(text, disallowed_special=()))
-            if ends:
-                tokens.append([encoder.eot_token])
-        return (np.concatenate(tokens).astype(dtype), sum(len(text.encode()) for text, _ in batch),
-                sum(ends for _, ends in batch))
-
+    meta = dict(dataset=dataset, tokenizer=tokenizer, vocab_size=encoder.max_token_value + 1, dtype=dtype.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryDirectory(dir=folder) as partial,
-          ThreadPoolExecutor(num_proc or os.cpu_count()) as pool,
-          tqdm(desc='tokenising', unit=' tokens', unit_scale=True, leave=False) as progress):
-        files = {split: open(Path(partial) / f'{split}.bin', 'wb') for split in ('train', 'val')}
-
-        def write(split, result):
-            tokens, size, documents = result.result()
-            files[split].write(tokens)
-            progress.update(len(tokens))
-            for what, number in (('tokens', len(tokens)), ('bytes', size), ('documents', documents)):
-                meta[f'{split}_{what}'] += number
-
-        waiting = deque()
-        for split, batch in batches(pieces):
-            waiting.append((split, pool.submit(encode, batch)))
-            if len(waiting) > 2 * pool._max_workers:  # so that no more than this is ever in memory
-                write(*waiting.popleft())
-        for split, result in waiting:
-            write(split, result)
-        for file in files.values():
-            file.close()
-        for split in files:
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        partial = Path(partial)
+        meta |= write_bins(pieces, encoder, dtype, partial)
+        for split in ('train', 'val'):
             if not meta[f'{split}_tokens']:
                 documents = meta['train_documents'] + meta['val_documents']
                 config.fail(f'{dataset} leaves nothing for {split}.bin; it has {documents} documents')
-        if dataset == 'builtin' and counts['documents'] >= 10:  # what a perfect model would score on val.bin, in nats a
-            # token, if it saw every story from its beginning
+        if dataset == 'builtin' and counts['documents'] >= 10:
+            # what a perfect model would score on val.bin, in nats a token, if it saw every story from its beginning
             nats = [nats for _, nats in builtin_stories(megabytes, seed)][:max_docs or None]
             meta['perfect_loss'] = sum(nats[meta['train_documents']:]) / meta['val_tokens']
         if tokenizer in PATTERNS:
             table = (f'{base64.b64encode(encoder.decode_single_token_bytes(rank)).decode()} {rank}\n'
                      for rank in range(encoder.eot_token))
-            (Path(partial) / 'tokenizer.tiktoken').write_text(''.join(table))
-        (Path(partial) / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
-        for name in ('meta.json', 'tokenizer.tiktoken'):
-            (folder / name).unlink(missing_ok=True)
-        for name in ('train.bin', 'val.bin', 'tokenizer.tiktoken', 'meta.json'):
-            if (Path(partial) / name).exists():
-                (Path(partial) / name).replace(folder / name)
+            (partial / 'tokenizer.tiktoken').write_text(''.join(table))
+        (partial / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
+        for file in ('meta.json', 'tokenizer.tiktoken'):
+            (folder / file).unlink(missing_ok=True)
+        for file in ('train.bin', 'val.bin', 'tokenizer.tiktoken', 'meta.json'):
+            if (partial / file).exists():
+                (partial / file).replace(folder / file)
+    tokens, size = (sum(meta[f'{split}_{what}'] for split in ('train', 'val')) for what in ('tokens', 'bytes'))
     print(f'{folder}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens of '
-          f'{meta["vocab_size"]:,} ({dtype}), '
-          f'{(meta["train_bytes"] + meta["val_bytes"]) / (meta["train_tokens"] + meta["val_tokens"]):.2f} '
-          'bytes a token')
+          f'{meta["vocab_size"]:,} ({dtype}), {size / tokens:.2f} bytes a token')
 
 
 if __name__ == '__main__':

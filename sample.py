@@ -37,7 +37,7 @@ dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that the device 
 
 
 def load(path, dtype, device):
-    """The model of a checkpoint; its tokenizer, which is gpt-oss's if none is beside it; the block it was trained on."""
+    """The model of a checkpoint; its tokenizer, gpt-oss's if none is beside it; the block it was trained on."""
     model, meta = GPT.from_pretrained(path, dtype, device), Path(path, 'meta.json')
     if meta.exists():
         return model, load_tokenizer(path), json.loads(meta.read_text()).get('block_size')

@@ -808,7 +808,7 @@ def test_train_and_sample(tmp_path):
 
 
 def test_batches_and_schedule(tmp_path):
-    """An epoch draws every block once, accumulation is a larger batch, and the learning rate goes as its schedule says."""
+    """An epoch draws every block once, accumulation is a larger batch, the learning rate follows its schedule."""
     data = make_data(tmp_path)
     common = [f'--data_dir={data}', *TINY, '--sample_tokens=0', '--max_iters=1', '--warmup_iters=0']
     assert run('train.py', *common, f'--out_dir={tmp_path}/a', '--batch_size=8')[0] == 0
@@ -828,7 +828,8 @@ def test_batches_and_schedule(tmp_path):
         if name.endswith('exp_avg') and 'router' not in name:  # whose loss depends on what is in a batch
             assert torch.linalg.vector_norm(moved[name] - other[name]) <= 0.02 * torch.linalg.vector_norm(moved[name])
     assert ours.keys() == theirs.keys() and (tmp_path / 'a/loss.png').stat().st_size > 1000
-    for schedule, expected in (('linear', [0.1, 1, 1, 0.5]), ('cosine', [0.1, 1, 0.5, 0.5 * (1 + math.cos(0.75 * math.pi))]),
+    late = 0.5 * (1 + math.cos(0.75 * math.pi))
+    for schedule, expected in (('linear', [0.1, 1, 1, 0.5]), ('cosine', [0.1, 1, 0.5, late]),
                                ('constant', [0.1, 1, 1, 1])):
         rate = names['rate']
         rate.__globals__.update(lr_schedule=schedule, cooldown=0.5, warmup_iters=9, max_iters=109, learning_rate=1.0)
@@ -847,14 +848,15 @@ def test_mixed_precision_and_overwriting(tmp_path):
     assert run('train.py', *common, out, '--dtype=float32', '--max_iters=3', '--overwrite')[0] == 0
     assert json.loads((tmp_path / 'run/last/state.json').read_text())['step'] == 3
     (tmp_path / 'run').rename(tmp_path / 'moved')
-    status, _, err = run('train.py', f'--out_dir={tmp_path}/moved', '--init_from=resume', '--max_iters=5', '--dtype=float16')
+    resume = 'train.py', f'--out_dir={tmp_path}/moved', '--init_from=resume'
+    status, _, err = run(*resume, '--max_iters=5', '--dtype=float16')
     assert status == 0 and not (tmp_path / 'run').exists(), err
     (tmp_path / 'moved/last/optimizer.safetensors').write_bytes(b'x')
-    refused(run('train.py', f'--out_dir={tmp_path}/moved', '--init_from=resume', '--max_iters=9'), 'optimizer.safetensors')
+    refused(run(*resume, '--max_iters=9'), 'optimizer.safetensors')
     (tmp_path / 'moved/last/state.json').write_text('{')
-    refused(run('train.py', f'--out_dir={tmp_path}/moved', '--init_from=resume', '--max_iters=9'), 'state.json', 'damaged')
+    refused(run(*resume, '--max_iters=9'), 'state.json', 'damaged')
     make_data(tmp_path, text='THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG ' * 40)
-    refused(run('train.py', *common, f'--out_dir={tmp_path}/else', f'--init_from={tmp_path}/moved/best'), 'another tokenizer')
+    refused(run('train.py', *common, out, f'--init_from={tmp_path}/moved/last'), 'another tokenizer')
 
 
 def test_interrupt_and_resume(tmp_path):

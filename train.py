@@ -167,8 +167,8 @@ else:
         for name, p in model.named_parameters():
             optimizer.state[p] = {key: saved[f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
     except (OSError, SafetensorError, KeyError) as error:
-        config.fail(f'{source}/optimizer.safetensors is damaged or missing ({type(error).__name__}: {error}); start anew '
-                    f'from the weights with --init_from={source} and another --out_dir')
+        config.fail(f'{source}/optimizer.safetensors is damaged or missing ({type(error).__name__}: {error}); '
+                    f'start anew from the weights with --init_from={source} and another --out_dir')
 
 
 def open_bin(split):
