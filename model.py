@@ -480,6 +480,9 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T < 1:
             raise ValueError('the prompt is empty; give at least one token, the end-of-text token for instance')
+        if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
+            raise ValueError(f'the prompt has token ids from {idx.min()} to {idx.max()}, but the model has vocab_size '
+                             f'{self.config.vocab_size}; was it trained with this tokenizer?')
         if T + max_new_tokens > self.config.max_position_embeddings:
             raise ValueError(f'a prompt of {T} tokens and max_new_tokens = {max_new_tokens} exceed '
                              f'max_position_embeddings = {self.config.max_position_embeddings}')

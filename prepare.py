@@ -276,7 +276,10 @@ def load_tokenizer(folder):
         if name not in PATTERNS:
             return encoding(name)
         lines = Path(folder, 'tokenizer.tiktoken').read_text().splitlines()
-        return encoding(name, {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines})
+        ranks = {base64.b64decode(line.split()[0], validate=True): int(line.split()[1]) for line in lines}
+        if sorted(ranks.values()) != list(range(len(lines))) or not all(ranks):
+            raise ValueError('its ranks are not 0, 1, 2 ...')
+        return encoding(name, ranks)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f'{folder}: meta.json or tokenizer.tiktoken is damaged ({type(error).__name__}: {error})')
 

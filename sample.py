@@ -86,5 +86,5 @@ if __name__ == '__main__':
     globals().update(settings)
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, or logits that are not finite
         config.fail(error)

@@ -487,7 +487,8 @@ def test_impossible_shapes(changes, message):
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(temperature=-1), 'temperature is -1'), (dict(top_k=0), 'top_k is 0'), (dict(top_p=0.0), 'top_p is 0'),
-    (dict(min_p=2), 'min_p'), (dict(max_new_tokens=100), '5 tokens.*100.*64'),
+    (dict(min_p=2), 'min_p'), (dict(idx=torch.full((1, 5), 97)), 'from 97 to 97.*97'),
+    (dict(max_new_tokens=100), '5 tokens.*100.*64'),
     (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), 'empty')])
 def test_impossible_requests(arguments, message):
     model = make(max_position_embeddings=64)
@@ -752,8 +753,10 @@ def test_bad_data(tmp_path):
     refused(train(), 'train.bin', '65535')
     (data / 'train.bin').unlink()
     refused(train(), 'train.bin', 'no file')
-    (data / 'meta.json').write_text('{}')
-    refused(train(), 'meta.json', 'prepare.py')
+    meta = json.loads((data / 'meta.json').read_text())
+    for wrong in ({}, meta | dict(vocab_size='x'), meta | dict(val_bytes=0), meta | dict(dtype='float16')):
+        (data / 'meta.json').write_text(json.dumps(wrong))
+        refused(train(), 'meta.json', 'prepare.py')
     (data / 'meta.json').unlink()
     refused(train(), 'meta.json is missing')
     assert not out.exists()
@@ -851,6 +854,10 @@ def test_mixed_precision_and_overwriting(tmp_path):
     resume = 'train.py', f'--out_dir={tmp_path}/moved', '--init_from=resume'
     status, _, err = run(*resume, '--max_iters=5', '--dtype=float16')
     assert status == 0 and not (tmp_path / 'run').exists(), err
+    table = tmp_path / 'moved/best/tokenizer.tiktoken'
+    for damage in ('', '!!!! 0', 'YQ== 0\nYg== 5'):
+        table.write_text(damage)
+        refused(run('sample.py', f'--init_from={table.parent}', '--start=a'), 'tokenizer.tiktoken is damaged')
     (tmp_path / 'moved/last/optimizer.safetensors').write_bytes(b'x')
     refused(run(*resume, '--max_iters=9'), 'optimizer.safetensors')
     (tmp_path / 'moved/last/state.json').write_text('{')

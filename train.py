@@ -83,12 +83,13 @@ if settings['init_from'] == 'resume':  # the run's own settings, but for what is
         config.fail(f'{settings["out_dir"]} holds no run to resume')
     try:
         state = json.loads(state_file.read_text())
-        step, sequences, best_loss = state['step'], state['sequences'], state['best_loss']
-    except (OSError, ValueError, KeyError) as error:
+        step, sequences, best_loss = int(state['step']), int(state['sequences']), float(state['best_loss'])
+        remembered = dict(state['settings'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         config.fail(f'{state_file} is damaged ({type(error).__name__}: {error}); start anew from the weights with '
                     f'--init_from={state_file.parent} and another --out_dir')
     kept = settings.keys() - given - {'out_dir', 'init_from', 'overwrite'}
-    settings |= {key: value for key, value in state['settings'].items() if key in kept}
+    settings |= {key: value for key, value in remembered.items() if key in kept}
 globals().update(settings)
 
 
@@ -129,8 +130,11 @@ try:
     meta = json.loads((data / 'meta.json').read_text())
     sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
     token_dtype, vocabulary = np.dtype(meta['dtype']), meta['vocab_size']
-    bytes_per_token = meta['val_bytes'] / meta['val_tokens']
-except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    bytes_per_token, perfect = meta['val_bytes'] / meta['val_tokens'], float(meta.get('perfect_loss', 'nan'))
+    numbers = *sizes.values(), vocabulary, meta['val_bytes']
+    if not all(isinstance(n, int) and n > 0 for n in numbers) or token_dtype.name not in ('uint16', 'uint32'):
+        raise ValueError(f'sizes {numbers}, dtype {token_dtype}')
+except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
     config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
 
 torch.manual_seed(seed)
@@ -160,7 +164,7 @@ if init_from != 'resume':
     step, sequences, best_loss = 0, 0, math.inf  # steps done, sequences seen
 else:
     check(step < max_iters, f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
-    if state['scaler'] and scaler.is_enabled():
+    if state.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(state['scaler'])
     try:
         saved = load_file(source / 'optimizer.safetensors', device=device)
@@ -279,8 +283,8 @@ def plot():
         points = [(row['step'], row[key]) for row in rows if row.get(key) is not None]
         pyplot.plot(*zip(*points), style, label=f'{key} (with the load-balancing loss)' if key == 'train_loss' else key,
                     markersize=3, linewidth=1)
-    if 'perfect_loss' in meta:
-        pyplot.axhline(meta['perfect_loss'], color='gray', linestyle=':', label='perfect, given the whole story')
+    if not math.isnan(perfect):
+        pyplot.axhline(perfect, color='gray', linestyle=':', label='perfect, given the whole story')
     pyplot.xlabel('step')
     pyplot.ylabel('loss (nats a token)')
     pyplot.yscale('log')
@@ -315,10 +319,10 @@ try:
         for leftover in ('last', 'last.old', 'best', 'best.old'):
             shutil.rmtree(out / leftover, ignore_errors=True)
     elif (out / 'metrics.jsonl').exists():  # what was logged after the checkpoint will be logged again
-        for line in (out / 'metrics.jsonl').read_text().splitlines(keepends=True):
+        for line in (out / 'metrics.jsonl').read_text(errors='replace').splitlines(keepends=True):
             try:
                 kept += [line] if json.loads(line)['step'] <= step else []
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 pass  # a line that a crash cut short
     (out / 'metrics.jsonl').write_text(''.join(kept))
 except OSError as error:
@@ -347,9 +351,9 @@ try:
             val_loss, (busiest, idlest) = evaluate(), expert_load()
             row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
             log(**row, **(dict(expert_load_max=busiest, expert_load_min=idlest) if step else {}))
-            perfect = f' (perfect: {meta["perfect_loss"]:.3f})' if 'perfect_loss' in meta else ''
+            goal = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
             spread = f', experts get {min(idlest):.0%} to {max(busiest):.0%} of the tokens' if step else ''
-            progress.write(f'step {step}: val loss {val_loss:.4f}{perfect}, {row["val_bpb"]:.4f} bits a byte{spread}')
+            progress.write(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{spread}')
             if step and val_loss < best_loss:
                 best_loss = val_loss
                 write_checkpoint('best')
@@ -406,6 +410,8 @@ try:
             config.fail(f'the loss or its gradient was not finite for {int(skipped_in_a_row)} steps in a row, which '
                         f'were skipped; {out / "last"} holds the weights from before. Try a lower --learning_rate')
         progress.update()
+except (OSError, SafetensorError) as error:
+    config.fail(f'cannot write to {out_dir}: {error}')
 except (torch.OutOfMemoryError, RuntimeError) as error:
     if not isinstance(error, torch.OutOfMemoryError) and 'memory' not in str(error):
         raise
@@ -430,5 +436,5 @@ if sample_tokens:
         tokens = model.generate(prompt, sample_tokens, temperature=0.8, vocab_size=encoder.n_vocab, context=block_size,
                                 stop=[encoder.eot_token])
         print(f'\n{encoder.decode(tokens[0].tolist()).removesuffix("<|endoftext|>")}')
-    except (ValueError, SystemExit) as error:  # the training is done all the same
+    except (ValueError, RuntimeError, SystemExit) as error:  # the training is done all the same
         print(f'no sample: {error}')
