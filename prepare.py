@@ -169,6 +169,8 @@ def open_source():
         files = sorted(f for f in glob.glob(dataset, recursive=True) if os.path.isfile(f))
     if (not files and not glob.has_magic(dataset) and not os.path.exists(dataset)
             and Path(dataset).suffix not in kinds):
+        import huggingface_hub
+        huggingface_hub.logging.set_verbosity_error()  # one line of ours says it, and not one for every attempt
         name, _, subset = dataset.partition(':')
         with reading(f'{dataset}, which is no file here, as a Hugging Face dataset', OFFLINE):
             splits = datasets.load_dataset(name, subset or None, streaming=bool(max_docs))
