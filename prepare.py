@@ -191,7 +191,7 @@ def open_source():
             kind = kinds[Path(file).suffix]
             with reading(file):
                 # as they stand: the lines of a text whole, and the cells of a CSV that say NA or null as text too
-                options = dict(text=dict(keep_linebreaks=True), csv=dict(keep_default_na=False)).get(kind, {})
+                options = dict(text=dict(keep_linebreaks=True, encoding='utf-8-sig'), csv=dict(keep_default_na=False)).get(kind, {})
                 rows = datasets.load_dataset(kind, data_files=[file], split='train', streaming=True, **options)
                 yield from text_file(rows) if kind == 'text' else column(rows, file)
 
@@ -414,10 +414,11 @@ def main():
 
     if tokenizer in PATTERNS or 'validation' not in source:
         texts = counted()
-        encoder = encoder or encoding(tokenizer, train_tokenizer(texts))
+        ranks = train_tokenizer(texts) if encoder is None else None
         deque(texts, maxlen=0)  # what the tokenizer did not ask for
         if not counts['characters']:
             config.fail(f'{dataset} holds no text')
+        encoder = encoder or encoding(tokenizer, ranks)
 
     # Second pass: tokenise and write. Files get their names when all is well, meta.json last.
     if 'validation' in source:

@@ -678,6 +678,9 @@ def test_bad_sources(tmp_path, monkeypatch):
     refused(prepared('half.jsonl'), 'half.jsonl', 'row 3', "'text'", 'title, body')
     (tmp_path / 'broken.jsonl').write_text('{"text": "a"}\n{"text": ')
     refused(prepared('broken.jsonl'), 'broken.jsonl cannot be read')
+    (tmp_path / 'blank.jsonl').write_text('{"text": ""}\n')
+    refused(run('prepare.py', f'--dataset={tmp_path}/blank.jsonl', '--tokenizer=char', f'--data_dir={tmp_path}/data'),
+            'blank.jsonl holds no text')
     (tmp_path / 'one.txt').write_text('a')
     refused(prepared('one.txt', '--val_fraction=1.5'), '--val_fraction=1.5')
     refused(prepared('one.txt', '--tokenizer=gtp2'), 'gtp2', 'gpt2')
