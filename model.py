@@ -100,6 +100,30 @@ def product(x, w):
     return (x.unsqueeze(-2) * w.unsqueeze(-3)).sum(-1) if torch.compiler.is_compiling() else x @ w.mT
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """x (..., D) over its root mean square, times weight (D,); in fp32, the result in x's dtype.
+
+    Autograd through the formula, or through F.rms_norm, passes over x three times as often: 7 % of a step on CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.float()
+        scale = torch.rsqrt(torch.linalg.vecdot(y, y)[..., None] / x.size(-1) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (y * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x.float() * scale, grad.float()
+        product = grad * normed
+        along = (product @ weight.float())[..., None] / x.size(-1)  # the part of the gradient that only rescales x
+        dx = torch.addcmul(normed.mul_(-along), grad, weight.float()).mul_(scale)
+        return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     """RMSNorm in fp32; the scale is applied before the result goes back to the input's dtype."""
 
@@ -109,8 +133,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()  # by hand, for F.rms_norm takes eight times as long on CPU
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+        return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 def rope_tables(config, positions, dtype=torch.float32):
@@ -190,8 +213,8 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
 def swiglu(gate_up, limit):
     """gpt-oss's clamped SwiGLU, gate·sigmoid(1.702·gate)·(up + 1), of gate_up (..., 2I): the gates, then the ups."""
     gate, up = gate_up.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(1.702 * gate) * (up + 1) / 1.702
+    gate, up = F.hardtanh(gate, -math.inf, limit), F.hardtanh(up, -limit, limit)  # clamp, whose backward is slower
+    return F.silu(1.702 * gate) * torch.add(1 / 1.702, up, alpha=1 / 1.702)  # the latter is (up + 1) / 1.702
 
 
 def grouped_mm_fits(x, w):

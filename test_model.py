@@ -902,7 +902,7 @@ def test_not_finite(tmp_path):
     data, out = make_data(tmp_path), tmp_path / 'out'
     model = GPT(GPTConfig(**{**SMALL, 'vocab_size': 29}))
     with torch.no_grad():
-        model.model.embed_tokens.weight[:] = 3e38  # finite, but the loss will not be
+        model.model.norm.weight[:] = 3e38  # finite, but the loss will not be
         model.lm_head.weight[:] = 3e38
     model.save_pretrained(tmp_path / 'bad')
     result = run('train.py', f'--data_dir={data}', f'--out_dir={out}', f'--init_from={tmp_path}/bad', *TINY[3:],
