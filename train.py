@@ -169,7 +169,7 @@ else:
     try:
         saved = load_file(source / 'optimizer.safetensors', device=device)
         for name, p in model.named_parameters():
-            optimizer.state[p] = {key: saved[f'{name}/{key}'] for key in ('step', 'exp_avg', 'exp_avg_sq')}
+            optimizer.state[p] = {key: saved[f'{name}/{key}'].clone() for key in ('step', 'exp_avg', 'exp_avg_sq')}
     except (OSError, SafetensorError, KeyError) as error:
         config.fail(f'{source}/optimizer.safetensors is damaged or missing ({type(error).__name__}: {error}); '
                     f'start anew from the weights with --init_from={source} and another --out_dir')
