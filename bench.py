@@ -14,6 +14,7 @@ import config  # first, for it makes Ctrl-C quiet
 
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -94,7 +95,7 @@ def build(job):
     """The model of a job: ours, or a peer of the same shape from transformers. All give (logits or None, loss)."""
     shape = job['shape']
     torch.manual_seed(0)
-    if job['model'] == 'ours':
+    if job['model'].startswith('ours'):
         return GPT(GPTConfig(**shape))
     if job['model'] == 'transformers GptOss':
         from transformers import GptOssConfig, GptOssForCausalLM
@@ -135,7 +136,7 @@ def timed(function, device, times):
 def measure(job):
     """Run a job and return its numbers. It must be picklable and starts in a fresh process."""
     device, dtype = job['device'], getattr(torch, job['dtype'])
-    kind, ours = device.partition(':')[0], job['model'] == 'ours'
+    kind, ours = device.partition(':')[0], job['model'].startswith('ours')
     model, result = build(job).to(device), {}
     B, T, vocab = job['batch_size'], job['block_size'], job['shape']['vocab_size']
     if job['part'] in ('train', 'forward'):
@@ -152,16 +153,18 @@ def measure(job):
             with torch.autocast(kind, dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(training):
                 if ours:
                     loss = run(x, y, return_logits=False)[1]
-                else:  # shift_labels: targets that are shifted already
-                    loss = torch.nn.functional.cross_entropy(run(x).logits.flatten(0, 1).float(), y.flatten())
+                else:
+                    logits = run(x, use_cache=False).logits.flatten(0, 1).float()
+                    loss = torch.nn.functional.cross_entropy(logits, y.flatten())
             if training:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        for _ in range(2 if job['steps'] > 1 else 0):
+        for _ in range(2 if job['steps'] > 1 else 1):
             step()
         result['tokens_per_second'] = B * T / timed(step, device, job['steps'])
+        result['memory'] = peak_memory(device)
         if ours and training and (peak := peak_flops(device, job['dtype'])):
             result['mfu'] = model.flops_per_token(T) * result['tokens_per_second'] / peak
     else:
@@ -170,18 +173,19 @@ def measure(job):
 
         def decode(new):
             if ours:
-                model.generate(prompt, new, temperature=0)
+                model.generate(prompt, new, temperature=0, compile=job['compile'])
             else:
                 model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
         step = lambda: decode(job['new_tokens'])
-        decode(8)
+        for new in (8, 16, job['new_tokens']) if job['compile'] else (8,):  # compiled for one length, then for any
+            decode(new)
         prefill = timed(lambda: decode(1), device, 5)
         if job['part'] == 'prefill':
             result['tokens_per_second'] = prompt.numel() / prefill
         else:
             result['tokens_per_second'] = B * (job['new_tokens'] - 1) / (timed(step, device, 2) - prefill)
-    result['memory'] = peak_memory(device)
+        result['memory'] = peak_memory(device)
     if job['profile'] and job['part'] != 'prefill':
         with torch.profiler.profile() as profiler:
             step()
@@ -203,24 +207,26 @@ def measure_prepare(job):
     """Tokenise a file of stories of this many megabytes with o200k_harmony: prepare.py from file to bins, or
     tiktoken's own encode_ordinary_batch on documents that are in memory already."""
     import tempfile
+    import datasets  # noqa: F401  this and the encoder are loaded before the clock starts, for both
+    import tiktoken
     import prepare
-    texts = [story for story, _ in prepare.builtin_stories(job['megabytes'], 0)]
+    encoder, size = tiktoken.get_encoding('o200k_harmony'), 0
+    texts = (story for story, _ in prepare.builtin_stories(job['megabytes'], 0))
     with tempfile.TemporaryDirectory() as folder:
         if job['model'] == 'ours':
             file = Path(folder, 'stories.jsonl')
             with open(file, 'w') as lines:
                 for text in texts:
                     lines.write(json.dumps(dict(text=text)) + '\n')
-            size = sum(len(text.encode()) for text in texts)
-            del texts
+                    size += len(text.encode())
             vars(prepare).update(dataset=str(file), data_dir=folder)
-            began = time.perf_counter()
-            prepare.main()
+            work = prepare.main
         else:
-            import tiktoken
-            encoder, size = tiktoken.get_encoding('o200k_harmony'), sum(len(text.encode()) for text in texts)
-            began = time.perf_counter()
-            encoder.encode_ordinary_batch(texts, num_threads=torch.get_num_threads())
+            texts = list(texts)
+            size = sum(len(text.encode()) for text in texts)
+            work = lambda: encoder.encode_ordinary_batch(texts, num_threads=os.cpu_count())  # as many as prepare.py's
+        began = time.perf_counter()
+        work()
         return dict(bytes_per_second=size / (time.perf_counter() - began), memory=peak_memory('cpu'))
 
 
@@ -231,7 +237,9 @@ CHAR = SMALL | dict(vocab_size=128, num_hidden_layers=6, hidden_size=384, num_at
                     num_key_value_heads=2, intermediate_size=384)
 LONG = SMALL | dict(vocab_size=512, num_hidden_layers=2, hidden_size=128, num_attention_heads=2,
                     num_key_value_heads=1, intermediate_size=128)
-WORKS = {  # what --compare measures
+PEERS = ['transformers GptOss', 'transformers GPT-2']
+DECODERS = ['ours, compiled', 'ours', *PEERS]
+WORKS = {  # what --compare measures, where `models` says so of others than ours and its peers
     'train char': dict(part='train', shape=CHAR, batch_size=16, block_size=256),
     'train 50k': dict(part='train', batch_size=8, block_size=512, steps=2, shape=SMALL | dict(
         vocab_size=50304, num_hidden_layers=8, hidden_size=512, num_attention_heads=8, num_key_value_heads=4,
@@ -239,14 +247,14 @@ WORKS = {  # what --compare measures
     'train 201k': dict(part='train', batch_size=4, block_size=512, steps=2, shape=SMALL | dict(
         vocab_size=201088, num_hidden_layers=6, hidden_size=384, num_attention_heads=6, num_key_value_heads=2,
         intermediate_size=384, tie_word_embeddings=True)),
-    'decode 1': dict(part='decode', shape=CHAR, batch_size=1),
-    'decode 8': dict(part='decode', shape=CHAR, batch_size=8),
-    **{f'{part} {length}': dict(part=part, shape=LONG, batch_size=1, block_size=length, steps=1, models=['ours'])
+    'decode 1': dict(part='decode', shape=CHAR, batch_size=1, models=DECODERS),
+    'decode 8': dict(part='decode', shape=CHAR, batch_size=8, models=DECODERS),
+    **{f'{part} {length}': dict(part=part, shape=LONG, batch_size=1, block_size=length, steps=1, compile=False,
+                                models=['ours'])
        for part in ('forward', 'train') for length in (4096, 8192, 16384, 32768)},
     **{f'prepare {size} MB': dict(part='prepare', megabytes=size, models=['ours', 'tiktoken'])
-       for size in (10, 40)},
+       for size in (20, 80)},
 }
-PEERS = ['ours', 'transformers GptOss', 'transformers GPT-2']
 
 
 def in_fresh_process(job):
@@ -264,8 +272,12 @@ def median_of_rounds(jobs):
     results = [[] for _ in jobs]
     for turn in range(rounds):
         for job, result in zip(jobs, results):
-            result.append(in_fresh_process(job | dict(profile=job['profile'] and turn == 0)))
-    return [{key: statistics.median(r[key] for r in result if key in r) for key in result[0]} for result in results]
+            try:
+                result.append(in_fresh_process(job | dict(profile=job['profile'] and turn == 0)))
+            except RuntimeError as error:  # no compiler for a compiled model, an operation that a peer lacks here
+                print(f'{job["part"]}, {job["model"]}: failed: {str(error).strip().splitlines()[0]}', file=sys.stderr)
+    return [result and {key: statistics.median(r[key] for r in result if key in r) for key in result[0]}
+            for result in results]
 
 
 def print_table(rows):
@@ -297,14 +309,23 @@ def main():
             import transformers  # noqa: F401
         except ImportError:
             print('transformers is not installed, so ours stands alone: pip install transformers')
-            PEERS[1:] = []
+            PEERS.clear()
+            DECODERS[2:] = []
         for name, work in chosen.items():
-            jobs = [common | work | dict(model=model) for model in work.get('models', PEERS)]
+            jobs = [common | work | dict(model=model) for model in work.get('models', ['ours', *PEERS])]
+            if work['part'] == 'decode':
+                for job in jobs:
+                    job['compile'] = job['model'] == 'ours, compiled'
+                    if where == 'cpu' and job['model'] in PEERS:
+                        job['dtype'] = 'float32'  # faster for GptOss than bf16: 71 against 46 tokens/s, 154 against 117
             results = median_of_rounds(jobs)
             for job, result in zip(jobs, results):
+                if not result:
+                    continue
+                rows.append(dict(work=name, model=job['model'], dtype=job['dtype'], **result))
                 speed = next(key for key in result if key.endswith('_per_second'))
-                rows.append(dict(work=name, model=job['model'], **result,
-                                 ours_is=results[0][speed] / result[speed]))
+                if results[0] and not job['model'].startswith('ours'):
+                    rows[-1]['ours_is'] = results[0][speed] / result[speed]
                 rows[-1]['memory'] /= 1e9
                 print(rows[-1], file=sys.stderr, flush=True)
     else:
@@ -321,6 +342,8 @@ def main():
                 config.fail(f'parts is {parts!r}; it takes train, prefill and decode, divided by commas')
             batch = batch_size if part == 'train' else decode_batch
             result, = median_of_rounds([common | dict(part=part, shape=shape, batch_size=batch)])
+            if not result:
+                sys.exit(1)
             rows.append(dict(part=part, **result))
             rows[-1]['memory'] /= 1e9
     cpu = platform.processor() or platform.machine()
