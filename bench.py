@@ -143,7 +143,7 @@ def measure(job):
         training = job['part'] == 'train'
         run = torch.compile(model) if job['compile'] else model
         if ours:
-            optimizer = model.configure_optimizer(1e-4, (0.9, 0.95), 0.1)
+            optimizer = model.configure_optimizers(1e-4, 0, (0.9, 0.95), 0.1)[0]
         else:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         tokens = torch.randint(vocab, (B, T + 1), device=device)

@@ -224,64 +224,66 @@ def grouped_mm_fits(x, w):
 
 
 class ExpertByExpert(torch.autograd.Function):
-    """Experts one after the other, so that what is between their two matmuls stays in the cache.
+    """Experts one after the other, each at the number of rows that it got, for devices without F.grouped_mm.
 
-    x (N, D); token (N * k,), the rows of x sorted by expert, share (N * k,) their weights and counts (E,) how many are
-    each expert's; the experts' parameters as in Experts -> (N, D). Backward has only x and the first matmul's outputs
-    to remember, and writes each expert's gradients into their place: a training step takes 0.75 of the memory and 0.9
-    of the time that it takes on CPU when autograd differentiates the same loop.
+    x (N, D); token (M,), the rows of x sorted by expert, share (M,) their weights and counts (E,) how many are each
+    expert's; the experts' parameters as in Experts -> (N, D). Backward has only x and the first matmul's outputs to
+    remember, and writes each expert's gradients into their place: a training step takes 0.75 of the memory and 0.9 of
+    the time that it takes on CPU when autograd differentiates the same loop.
     """
 
     @staticmethod
     def forward(ctx, x, share, token, counts, w1, b1, w2, b2, limit, needs_grad):
-        y, gate_ups = torch.zeros_like(x), [None] * len(counts)
-        for e, (t, s) in enumerate(zip(token.split(counts), share.to(x.dtype).split(counts))):
-            if len(t):
-                gate_up = F.linear(pick(x, t), w1[e].to(x.dtype), b1[e].to(x.dtype))
-                out = F.linear(swiglu(gate_up, limit), w2[e].to(x.dtype), b2[e].to(x.dtype))
-                y.index_add_(0, t, out[:len(t)].mul_(s[:, None]))
-                gate_ups[e] = gate_up if needs_grad else None
+        gate_up = grouped_linear(x.index_select(0, token), w1, b1, counts)
+        out = grouped_linear(swiglu(gate_up, limit), w2, b2, counts)
+        y = torch.zeros_like(x).index_add_(0, token, out.mul_(share[:, None]))
         if needs_grad:
-            ctx.save_for_backward(x, share, token, w1, b1, w2, b2, *gate_ups)
+            ctx.save_for_backward(x, share, token, w1, b1, w2, b2, gate_up)
             ctx.counts, ctx.limit = counts, limit
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, share, token, w1, b1, w2, b2, *gate_ups = ctx.saved_tensors
-        dx, dshare, *gradients = torch.zeros_like(x), *map(torch.empty_like, (share, w1, b1, w2, b2))
-        dw1, db1, dw2, db2 = gradients
-        for e, (t, s, ds) in enumerate(zip(*(v.split(ctx.counts) for v in (token, share, dshare)))):
-            if len(t) == 0:  # an idle expert's gradients are zero
-                for gradient in gradients:
-                    gradient[e] = 0
-                continue
-            with torch.enable_grad():
-                gate_up = gate_ups[e].detach().requires_grad_()
-                hidden = swiglu(gate_up, ctx.limit)
-            d = pick(dy, t)
-            dhidden = d @ w2[e].to(x.dtype)  # but for the share
-            ds.copy_(((dhidden * hidden.detach()).sum(-1) + d @ b2[e].to(x.dtype))[:len(t)])
-            s = F.pad(s.to(x.dtype), (0, len(d) - len(t)))[:, None]
-            dgate_up, = torch.autograd.grad(hidden, gate_up, dhidden.mul_(s))
-            d.mul_(s)
-            dw2[e], db2[e] = d.T @ hidden.detach(), d.sum(0)
-            dw1[e], db1[e] = dgate_up.T @ pick(x, t), dgate_up.sum(0)
-            dx.index_add_(0, t, (dgate_up @ w1[e].to(x.dtype))[:len(t)])
-        return dx, dshare, None, None, *gradients, None, None
+        x, share, token, w1, b1, w2, b2, gate_up = ctx.saved_tensors
+        d, rows = dy.index_select(0, token), x.index_select(0, token)
+        with torch.enable_grad():
+            hidden = swiglu(gate_up.requires_grad_(), ctx.limit)
+        dhidden = grouped_linear(d, w2.mT, None, ctx.counts)  # but for the share
+        dshare = torch.linalg.vecdot(dhidden, hidden.detach()) + grouped_linear(d, b2[:, None], None, ctx.counts)[:, 0]
+        dgate_up, = torch.autograd.grad(hidden, gate_up, dhidden.mul_(share[:, None]))
+        d.mul_(share[:, None])
+        dw1, db1, dw2, db2 = (torch.empty_like(p, dtype=x.dtype) for p in (w1, b1, w2, b2))
+        for dw, db, douts, inputs in ((dw1, db1, dgate_up, rows), (dw2, db2, d, hidden.detach())):
+            for e, (dout, xe) in enumerate(zip(douts.split(ctx.counts), inputs.split(ctx.counts))):
+                torch.mm(dout.T, xe, out=dw[e])
+                torch.sum(dout, 0, out=db[e])
+        dx = torch.zeros_like(x).index_add_(0, token, grouped_linear(dgate_up, w1.mT, None, ctx.counts))
+        return (dx, dshare, None, None, dw1.to(w1.dtype), db1.to(b1.dtype), dw2.to(w2.dtype), db2.to(b2.dtype), None, None)
 
 
-def pick(x, rows):
-    """x[rows], padded with zeros: in low precision every new shape costs the CPU's library a compilation of
-    milliseconds, so counts of rows are rounded up to few distinct ones."""
-    picked = x.index_select(0, rows)
-    return F.pad(picked, (0, 0, 0, -len(rows) % 256)) if x.dtype != torch.float32 and len(x) > 256 else picked
+def grouped_linear(x, w, b, counts):
+    """Rows x (M, D), sorted by expert, through w (E, out, D) and b (E, out) or None; counts of rows -> (M, out)."""
+    y = x.new_empty(len(x), w.size(1))
+    for e, (xe, ye) in enumerate(zip(x.split(counts), y.split(counts))):
+        if b is None:
+            torch.mm(xe, w[e].to(x.dtype).T, out=ye)
+        else:
+            torch.addmm(b[e].to(x.dtype), xe, w[e].to(x.dtype).T, out=ye)
+    return y
 
 
 @torch._disable_dynamo  # torch.compiler.disable, but for a second of imports; the counts of rows are the host's to know
 def expert_by_expert(x, share, token, load, *rest):
-    return ExpertByExpert.apply(x, share, token, load.tolist(), *rest)
+    counts, share = load.tolist(), share.to(x.dtype)
+    if x.dtype != torch.float32 and len(x) > 256:
+        # In low precision every new shape costs the CPU's library a compilation of milliseconds, so counts of rows are
+        # rounded up to few distinct ones, with rows of no share.
+        padding = [-count % 256 for count in counts]
+        token, share = (torch.cat([F.pad(part, (0, extra)) for part, extra in zip(v.split(counts), padding)])
+                        for v in (token, share))
+        counts = [count + extra for count, extra in zip(counts, padding)]
+    return ExpertByExpert.apply(x, share, token, counts, *rest)
 
 
 class Experts(nn.Module):
@@ -342,8 +344,10 @@ class MoE(nn.Module):
         self.router = Linear(config.hidden_size, config.num_local_experts)
         self.experts = Experts(config)
         self.k = config.num_experts_per_tok
-        # (token, choice) pairs that each expert got in training since whoever reads this last set it to zero
+        # of training since whoever reads them last set them to zero: (token, choice) pairs that each expert got, and
+        # the entropy of the router's softmax over all experts, in nats, summed over the tokens
         self.register_buffer('load', torch.zeros(config.num_local_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer('entropy', torch.zeros(()), persistent=False)
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D), and in training mode Switch's load-balancing loss, scaled so that balance is 1."""
@@ -353,8 +357,10 @@ class MoE(nn.Module):
         y, load = self.experts(rows, chosen, best.softmax(-1))
         balance = None
         if self.training:
+            odds = logits.softmax(-1)
+            balance = len(load) * (odds.mean(0) @ (load / load.sum()))
             self.load += load
-            balance = len(load) * (logits.softmax(-1).mean(0) @ (load / load.sum()))
+            self.entropy += torch.special.entr(odds.detach()).sum()
         return y.view_as(x), balance
 
 
@@ -479,6 +485,54 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
         return dx * scale.to(dx.dtype), (dw * scale).to(ctx.dtype), None, None
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, with its singular values set to 1.
+
+    A group holds parameters of one shape (..., m, n): leading dimensions count matrices, experts for instance, and each
+    is `pieces` matrices on top of one another, gate and up for instance. A step moves an m x n matrix by lr * max(1,
+    m / n)^0.5 in every direction that its gradients point to, the rare ones too.
+    """
+    _step_supports_amp_scaling = True  # GradScaler shall leave its found_inf here, as it does for fused AdamW
+
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group['params'] if p.grad is not None]
+            if not params:
+                continue
+            grads, beta = [p.grad for p in params], group['momentum']
+            buffers = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+            lr = group['lr']
+            if getattr(self, 'found_inf', None) is not None:  # then nothing moves, and the host need not know
+                lr = lr * (1 - self.found_inf)
+                grads = [torch.where(self.found_inf > 0, buffer, grad) for grad, buffer in zip(grads, buffers)]
+            torch._foreach_lerp_(buffers, grads, 1 - beta)
+            ahead = torch.stack(torch._foreach_lerp(grads, buffers, beta))  # Nesterov's momentum
+            matrices = ahead.view(-1, ahead.size(-2) // group['pieces'], ahead.size(-1))
+            size = lr * max(1, matrices.size(1) / matrices.size(2)) ** 0.5
+            update = (orthogonalize(matrices) * size).reshape(ahead.shape)
+            if group['weight_decay']:
+                torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
+            torch._foreach_sub_(params, update.unbind())
+
+
+def orthogonalize(x):
+    """The nearest orthogonal matrices to x (batch, m, n), roughly: singular values come out between 0.7 and 1.2.
+
+    Five Newton-Schulz iterations with Jordan's coefficients; zero stays zero. On GPUs in bf16, which suffices.
+    """
+    kind, tall = x.dtype, x.size(1) > x.size(2)
+    x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(kind)
 
 
 class GPT(nn.Module):
@@ -631,13 +685,24 @@ class GPT(nn.Module):
         unused = 1 - self.config.num_experts_per_tok / self.config.num_local_experts if active else 0
         return sum(p.numel() for p in self.parameters()) - round(experts * unused)
 
-    def configure_optimizer(self, learning_rate, betas, weight_decay):
-        """Fused AdamW that decays matrices only: no norm, no sink, and no bias, though the experts' biases are 2-D."""
-        decay, rest = [], []
+    def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay):
+        """[AdamW, Muon]: Muon moves the hidden matrices (q, k, v, o, gate, up, down), AdamW all else.
+
+        With muon_lr 0 AdamW has them too, and is alone. Only matrices decay: no norm, no sink, and no bias, though the
+        experts' biases are 2-D.
+        """
+        decay, rest, hidden = [], [], {}
         for name, p in self.named_parameters():
-            (decay if p.dim() >= 2 and not name.endswith('bias') else rest).append(p)
+            if muon_lr and name.endswith('weight') and ('_proj' in name or '.experts.' in name):
+                hidden.setdefault((p.shape, 2 if 'gate_up' in name else 1), []).append(p)
+            else:
+                (decay if p.dim() >= 2 and not name.endswith('bias') else rest).append(p)
         groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+        if hidden:
+            groups = [dict(params=params, pieces=pieces) for (_, pieces), params in hidden.items()]
+            optimizers.append(Muon(groups, muon_lr, weight_decay=weight_decay))
+        return optimizers
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', **overrides):
@@ -668,7 +733,8 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         for layer in model.model.layers:  # not in a checkpoint, so still on the meta device
-            layer.mlp.load = torch.zeros_like(layer.mlp.load, device=device)
+            layer.mlp.load, layer.mlp.entropy = (torch.zeros_like(buffer, device=device)
+                                                 for buffer in (layer.mlp.load, layer.mlp.entropy))
         return model
 
     def save_pretrained(self, path):

@@ -5,6 +5,7 @@ The tests: parity with transformers' GptOssForCausalLM, and what the scripts pro
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -238,24 +239,29 @@ def test_expert_by_expert(counts, dtype, tolerance):
             assert not any(gradient[e].any() for e in range(E) if counts[e] == 0)
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('batch', [1, 3, 9])
-def test_compiled_decoding(batch, dtype, tolerance):
-    """The step that `generate(compile=True)` compiles gives the logits of the eager one, in window and full layers."""
+def test_compiled_decoding(batch, dtype):
+    """The step that `generate(compile=True)` compiles is as near to fp32 as the eager one, in window and full layers."""
     # every expert is chosen, for where the router's choice is close, rounding decides it
     model, idx = make(num_experts_per_tok=5).eval().to(dtype), torch.randint(97, (batch, 24))
+    exact = copy.deepcopy(model).float()
     torch._dynamo.reset()
     compiled = torch.compile(model.next_logits, backend='aot_eager', fullgraph=batch <= 8)
-    caches = [KVCache(model.config, batch, 40, dtype, 'cpu') for _ in range(2)]
+    models, steps = (model, model, exact), (compiled, model.next_logits, exact.next_logits)
+    caches = [KVCache(model.config, batch, 40, m.lm_head.weight.dtype, 'cpu') for m in models]
+    errors = []
     with torch.no_grad():
-        for step, cache in zip((compiled, model.next_logits), caches):
-            model.next_logits(idx[:, :20], cache)
+        for m, cache in zip(models, caches):
+            m.next_logits(idx[:, :20], cache)
             cache.position += 20
         for t in range(20, 24):
-            logits = [step(idx[:, t:t + 1], cache) for step, cache in zip((compiled, model.next_logits), caches)]
-            assert off(logits[0], logits[1].float()) < tolerance
+            ours, eager, expected = (step(idx[:, t:t + 1], cache) for step, cache in zip(steps, caches))
+            errors.append((off(ours, expected), off(eager, expected)))
             for cache in caches:
                 cache.position += 1
+    ours, eager = np.mean(errors, axis=0)
+    assert ours < (1e-4 if dtype == torch.float32 else 1.5 * eager), errors
 
 
 def test_compiled_training():
@@ -425,7 +431,7 @@ def test_dropout_and_decay():
         model.eval()
         assert torch.equal(model(idx)[0], make().eval()(idx)[0])
     model = make(qk_norm=True)
-    decayed, rest = model.configure_optimizer(1e-3, (0.9, 0.95), 0.1).param_groups
+    decayed, rest = model.configure_optimizers(1e-3, 0, (0.9, 0.95), 0.1)[0].param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed['weight_decay'] == 0.1 and rest['weight_decay'] == 0
     assert {names[id(p)].split('.')[-2] for p in rest['params']} >= {
@@ -886,6 +892,8 @@ def test_train_and_sample(tmp_path):
     last = next(row for row in rows if row['step'] == 120 and 'val_loss' in row)
     assert last['val_bpb'] == pytest.approx(last['val_loss'] / math.log(2) * 221 / 220)
     assert len(last['expert_load_max']) == 2 and all(1 / 8 <= share <= 1 for share in last['expert_load_max'])
+    assert last['dead_experts'] == [0, 0] and all(0 < share <= 1 / 8 for share in last['expert_load_min'])
+    assert all(0.5 < entropy <= 1 for entropy in last['router_entropy'])
     assert 'the quick' in printed or 'the lazy' in printed
     row = next(row for row in rows if row['step'] == 60 and 'train_loss' in row)
     assert row['tokens'] == 60 * 64 and row['lr'] > 0 and row['tokens_per_second'] > 0
@@ -943,11 +951,11 @@ def test_batches_and_schedule(tmp_path):
             assert torch.linalg.vector_norm(moved[name] - other[name]) <= 0.02 * torch.linalg.vector_norm(moved[name])
     assert ours.keys() == theirs.keys() and (tmp_path / 'a/loss.png').stat().st_size > 1000
     late = 0.5 * (1 + math.cos(0.75 * math.pi))
-    for schedule, expected in (('linear', [0.1, 1, 1, 0.5]), ('cosine', [0.1, 1, 0.5, late]),
+    for kind, expected in (('linear', [0.1, 1, 1, 0.5]), ('cosine', [0.1, 1, 0.5, late]),
                                ('constant', [0.1, 1, 1, 1])):
-        rate = names['rate']
-        rate.__globals__.update(lr_schedule=schedule, cooldown=0.5, warmup_iters=9, max_iters=109, learning_rate=1.0)
-        assert [rate(step) for step in (0, 9, 59, 84)] == pytest.approx(expected)
+        schedule = names['schedule']
+        schedule.__globals__.update(lr_schedule=kind, cooldown=0.5, warmup_iters=9, max_iters=109, learning_rate=1.0)
+        assert [schedule(step) for step in (0, 9, 59, 84)] == pytest.approx(expected)
 
 
 def test_mixed_precision_and_overwriting(tmp_path):

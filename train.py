@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from bench import peak_flops, pick_device
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Muon
 
 # -----------------------------------------------------------------------------
 # where things are
@@ -49,10 +50,11 @@ num_key_value_heads = 2
 head_dim = 32
 initializer_range = 0.04
 router_aux_loss_coef = 0.01
-# AdamW and its schedule
+# the optimizers and their schedule
 max_iters = 500  # optimizer steps in the whole run
-learning_rate = 6e-3  # at its highest
-min_lr = 0.0  # at the end
+learning_rate = 6e-3  # AdamW's, at its highest
+muon_lr = 0.02  # Muon's, on the hidden matrices, at its highest; 0: AdamW has them too
+min_lr = 0.0  # AdamW's at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then straight down over the cooldown) or constant
 cooldown = 0.7  # share of the run over which the linear schedule comes down
@@ -62,7 +64,7 @@ beta2 = 0.95  # decay of its mean of the squared gradient
 grad_clip = 1.0  # the gradient's norm is cut to this; 0: never
 # reports
 eval_interval = 100  # steps between evaluations, at which checkpoints are written
-eval_iters = 10  # validation batches, the same ones each time
+eval_iters = 10  # validation batches, the same ones each time; 0: the whole validation set
 log_interval = 10  # steps between rows of metrics.jsonl
 start = 'Once upon a time'  # what the sample at the end begins with; empty: the end-of-text token
 sample_tokens = 400  # length of that sample; 0: none
@@ -98,10 +100,11 @@ def check(good, message):
         config.fail(message)
 
 
-for key in 'batch_size block_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval'.split():
+for key in 'batch_size block_size gradient_accumulation_steps max_iters eval_interval log_interval'.split():
     check(settings[key] >= 1, f'{key} is {settings[key]}; it must be at least 1')
-for key in 'learning_rate min_lr warmup_iters weight_decay grad_clip sample_tokens seed vocab_size'.split():
+for key in 'muon_lr min_lr eval_iters warmup_iters weight_decay grad_clip sample_tokens seed vocab_size'.split():
     check(0 <= settings[key] < 2 ** 62, f'{key} is {settings[key]}; it must be 0 or more')
+check(0 < learning_rate < math.inf, f'learning_rate is {learning_rate}; it must be above 0')
 for key in ('beta1', 'beta2', 'cooldown'):
     check(0 <= settings[key] < 1 or settings[key] == 1 and key == 'cooldown',
           f'{key} is {settings[key]}; it must be at least 0 and below 1')
@@ -157,7 +160,8 @@ vocab_size = model.config.vocab_size
 check(block_size <= model.config.max_position_embeddings,
       f'block_size ({block_size}) exceeds max_position_embeddings ({model.config.max_position_embeddings})')
 model.to(device)
-optimizer = model.configure_optimizer(learning_rate, (beta1, beta2), weight_decay)
+optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
+names = {p: name for name, p in model.named_parameters()}
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 if init_from != 'resume':
@@ -168,11 +172,13 @@ else:
         scaler.load_state_dict(state['scaler'])
     try:
         saved = load_file(source / 'optimizer.safetensors', device=device)
-        for name, p in model.named_parameters():
-            optimizer.state[p] = {key: saved[f'{name}/{key}'].clone() for key in ('step', 'exp_avg', 'exp_avg_sq')}
+        for optimizer in optimizers:
+            keys = ['momentum'] if isinstance(optimizer, Muon) else ['step', 'exp_avg', 'exp_avg_sq']
+            for p in (p for group in optimizer.param_groups for p in group['params']):
+                optimizer.state[p] = {key: saved[f'{names[p]}/{key}'].clone() for key in keys}
     except (OSError, SafetensorError, KeyError) as error:
-        config.fail(f'{source}/optimizer.safetensors is damaged or missing ({type(error).__name__}: {error}); '
-                    f'start anew from the weights with --init_from={source} and another --out_dir')
+        config.fail(f'{source}/optimizer.safetensors is damaged, missing or of other optimizers ({type(error).__name__}: '
+                    f'{error}); start anew from the weights with --init_from={source} and another --out_dir')
 
 
 def open_bin(split):
@@ -221,23 +227,30 @@ def train_batch():
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss in nats a token over eval_iters batches spread over the validation tokens, the same ones every time."""
+    """Mean loss in nats a token over eval_iters batches spread over the validation tokens, or over all their blocks."""
     model.eval()
-    starts, losses = np.linspace(0, len(val_tokens) - block_size - 1, eval_iters * batch_size).astype(int), []
-    for row in starts.reshape(eval_iters, batch_size):
+    starts, total = block_size * np.arange((len(val_tokens) - 1) // block_size), 0
+    if eval_iters:
+        starts = np.linspace(0, len(val_tokens) - block_size - 1, eval_iters * batch_size).astype(int)
+    for rows in np.split(starts, range(batch_size, len(starts), batch_size)):
         with autocast:
-            losses.append(run(*to_device(val_tokens, row), return_logits=False)[1])
+            total += run(*to_device(val_tokens, rows), return_logits=False)[1] * len(rows)
     model.train()
-    return torch.stack(losses).mean().item()
+    return total.item() / len(starts)
 
 
-def expert_load():
-    """The shares of the busiest and of the idlest expert in each layer, since the last call."""
-    load = torch.stack([layer.mlp.load for layer in model.model.layers]).cpu().double()
-    load /= load.sum(1, keepdim=True).clamp(min=1)
-    for layer in model.model.layers:
-        layer.mlp.load.zero_()
-    return load.amax(1).tolist(), load.amin(1).tolist()
+def expert_report():
+    """Of training since the last call, layer by layer: the busiest and the idlest expert's share of the load, how many
+    experts got no token at all, and the entropy of the router's softmax as a part of what an even one has."""
+    layers, experts, chosen = model.model.layers, model.config.num_local_experts, model.config.num_experts_per_tok
+    load, entropy = (torch.stack([getattr(layer.mlp, key) for layer in layers]).cpu().double()
+                     for key in ('load', 'entropy'))
+    for layer in layers:
+        layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
+    total = load.sum(1).clamp(min=1)
+    share, entropy = load / total[:, None], entropy / (total / chosen) / math.log(max(experts, 2))
+    return dict(expert_load_max=share.amax(1).tolist(), expert_load_min=share.amin(1).tolist(),
+                dead_experts=(load == 0).sum(1).tolist(), router_entropy=entropy.tolist())
 
 
 def write_checkpoint(name):
@@ -249,8 +262,8 @@ def write_checkpoint(name):
     if (data / 'tokenizer.tiktoken').exists():
         shutil.copy(data / 'tokenizer.tiktoken', new)
     if name == 'last':
-        moments = {f'{parameter}/{key}': value for parameter, p in model.named_parameters()
-                   for key, value in optimizer.state[p].items()}
+        moments = {f'{names[p]}/{key}': value for optimizer in optimizers for p, state in optimizer.state.items()
+                   for key, value in state.items()}
         save_file(moments, new / 'optimizer.safetensors')
         (new / 'state.json').write_text(json.dumps(dict(step=step, sequences=sequences, best_loss=best_loss,
                                                         scaler=scaler.state_dict(), settings=settings), indent=2))
@@ -278,30 +291,37 @@ def plot():
     matplotlib.use('agg')
     from matplotlib import pyplot
     rows = [json.loads(line) for line in open(out / 'metrics.jsonl')]
-    pyplot.figure(figsize=(8, 5))
-    for key, style in (('train_loss', '-'), ('val_loss', 'o-')):
-        points = [(row['step'], row[key]) for row in rows if row.get(key) is not None]
-        pyplot.plot(*zip(*points), style, label=f'{key} (with the load-balancing loss)' if key == 'train_loss' else key,
-                    markersize=3, linewidth=1)
+
+    def curve(axes, key, label, style='-', pick=float):
+        points = [(row['step'], pick(row[key])) for row in rows if row.get(key) is not None]
+        axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
+
+    _, (losses, experts) = pyplot.subplots(2, sharex=True, figsize=(8, 8), height_ratios=(5, 3))
+    curve(losses, 'train_loss', 'train_loss (with the load-balancing loss)')
+    curve(losses, 'val_loss', 'val_loss', 'o-')
     if not math.isnan(perfect):
-        pyplot.axhline(perfect, color='gray', linestyle=':', label='perfect, given the whole story')
-    pyplot.xlabel('step')
-    pyplot.ylabel('loss (nats a token)')
-    pyplot.yscale('log')
-    pyplot.legend()
+        losses.axhline(perfect, color='gray', linestyle=':', label='perfect, given the whole story')
+    losses.set(ylabel='loss (nats a token)', yscale='log')
+    number = model.config.num_local_experts
+    curve(experts, 'expert_load_max', 'busiest expert (1: an equal share)', 'o-', lambda load: max(load) * number)
+    curve(experts, 'expert_load_min', 'idlest expert', 'o-', lambda load: min(load) * number)
+    curve(experts, 'router_entropy', 'entropy of the routers (1: even)', 'o-', statistics.mean)
+    experts.set(xlabel='step', ylim=(0, None))
+    for axes in (losses, experts):
+        axes.legend()
     pyplot.savefig(out / 'loss.png', dpi=120)
 
 
-def rate(step):
-    """Learning rate of a step: linear warm-up, then lr_schedule."""
+def schedule(step):
+    """The learning rates of a step, as a share of their highest: linear warm-up, then lr_schedule."""
     if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
+        return (step + 1) / (warmup_iters + 1)
     done = (step - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1)
     if lr_schedule == 'cosine':
         share = 0.5 * (1 + math.cos(math.pi * done))
     else:
         share = min(1, (1 - done) / cooldown) if lr_schedule == 'linear' and cooldown else 1
-    return min_lr + share * (learning_rate - min_lr)
+    return share + (1 - share) * min_lr / learning_rate
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -348,12 +368,16 @@ skipped, skipped_in_a_row = torch.zeros(2, device=device)  # kept on the device,
 try:
     while True:
         if step % eval_interval == 0 and (step > first or step == 0) or step == max_iters:
-            val_loss, (busiest, idlest) = evaluate(), expert_load()
+            val_loss, experts = evaluate(), expert_report() if step else {}
             row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
-            log(**row, **(dict(expert_load_max=busiest, expert_load_min=idlest) if step else {}))
+            log(**row, **experts)
             goal = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
-            spread = f', experts get {min(idlest):.0%} to {max(busiest):.0%} of the tokens' if step else ''
-            progress.write(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{spread}')
+            health = ''
+            if step and (busiest := max(experts['expert_load_max']) * model.config.num_local_experts) > 1.5:
+                health += f', the busiest expert gets {busiest:.1f} times an equal share'
+            if step and any(experts['dead_experts']):
+                health += f', {sum(experts["dead_experts"])} experts get no token'
+            progress.write(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
             if step and val_loss < best_loss:
                 best_loss = val_loss
                 write_checkpoint('best')
@@ -363,8 +387,9 @@ try:
                 break
 
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group['lr'] = rate(step)
+        for optimizer, highest in zip(optimizers, (learning_rate, muon_lr)):
+            for group in optimizer.param_groups:
+                group['lr'] = highest * schedule(step)
         torch.manual_seed(seed + step)  # what dropout draws follows from the step, so a resumed run draws the same
         loss = torch.zeros((), device=device)
         for _ in range(gradient_accumulation_steps):
@@ -373,19 +398,21 @@ try:
                 batch_loss = run(x, y, return_logits=False)[1] / gradient_accumulation_steps
             scaler.scale(batch_loss).backward()
             loss += batch_loss.detach()
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        # A step whose loss or gradient is not finite must not touch the weights. Fused AdamW skips it on the device, by
-        # the attribute through which GradScaler tells it the same in float16.
+        # A step whose loss or gradient is not finite must not touch the weights. Fused AdamW and Muon skip it on the
+        # device, by the attribute through which GradScaler tells them the same in float16.
         bad = ~(loss.isfinite() & norm.isfinite())
         skipped += bad
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
-        if not scaler.is_enabled():
-            optimizer.found_inf = bad.float()
-        if device_type != 'mps' or not bad:  # before torch 2.13 MPS ignores found_inf
-            scaler.step(optimizer)
+        for optimizer in optimizers:
+            if not scaler.is_enabled():
+                optimizer.found_inf = bad.float()
+            if device_type != 'mps' or not bad:  # before torch 2.13 MPS ignores found_inf
+                scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         step += 1
         losses.append(loss)
 
@@ -394,7 +421,7 @@ try:
             busy += time.perf_counter() - began
             speed = len(losses) * gradient_accumulation_steps * batch_size * block_size / busy
             shown = dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{speed:,.0f}')
-            row = dict(train_loss=train_loss, lr=rate(step - 1), grad_norm=norm.item(), tokens_per_second=speed)
+            row = dict(train_loss=train_loss, lr=learning_rate * schedule(step - 1), grad_norm=norm.item(), tokens_per_second=speed)
             if peak:
                 row['mfu'] = flops * speed / peak
                 shown['mfu'] = f'{row["mfu"]:.0%}'
