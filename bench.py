@@ -4,6 +4,7 @@ Measure a config on this machine: training tokens/s and MFU, prefill and decodin
     python bench.py                          # the default model
     python bench.py config/tinystories.py --batch_size=8 --profile
     python bench.py --compare                # and transformers' GptOss and GPT-2 on the same work, where installed
+    python bench.py config/shakespeare_char_cpu.py --learn   # what it learns, beside a dense GPT-2 and without its parts
 
 Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too;
 with --compare the implementations take turns, so that a machine that slows down slows all of them. The numbers also
@@ -36,7 +37,9 @@ decode_batch = 1  # sequences decoded together
 parts = 'train,prefill,decode'  # what to measure, divided by commas
 profile = False  # print where the time of a training step and of decoding goes
 compare = False  # the works of the README's table, ours beside its peers
-works = 'all'  # with compare: which rows, divided by commas
+learn = False  # train the model on data_dir, a dense GPT-2 of equal active parameters, and the model with parts changed
+seeds = '1,2,3'  # with learn: each row is trained once with each
+works = 'all'  # with compare or learn: which rows, divided by commas
 json_file = 'bench.json'  # where the numbers go; empty: nowhere
 # and every setting of train.py and GPTConfig: the model's shape, batch_size, block_size, device, dtype, compile ...
 # -----------------------------------------------------------------------------
@@ -104,8 +107,8 @@ def build(job):
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel._from_config(GPT2Config(
         vocab_size=shape['vocab_size'], n_embd=shape['hidden_size'], n_layer=shape['num_hidden_layers'],
-        n_head=shape['num_attention_heads'], n_positions=job['block_size'] + job['new_tokens'], resid_pdrop=0,
-        embd_pdrop=0, attn_pdrop=0), attn_implementation='sdpa')
+        n_head=shape['num_attention_heads'], n_positions=job['block_size'] + job['new_tokens'],
+        **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), shape.get('dropout', 0))), attn_implementation='sdpa')
 
 
 def peak_memory(device):
@@ -230,6 +233,92 @@ def measure_prepare(job):
         return dict(bytes_per_second=size / (time.perf_counter() - began), memory=peak_memory('cpu'))
 
 
+def variants(shape):
+    """The rows of --learn: what each changes, fields of GPTConfig and settings of train.py."""
+    chosen, balances = shape['num_experts_per_tok'], (0.0, 0.001, 0.01, 0.1)
+    return {
+        'ours': {}, 'AdamW': dict(muon_lr=0.0), 'no sinks': dict(sinks=False),
+        **{f'window {size}': dict(sliding_window=size) for size in (8, 32, 128)},
+        **{f'{number} experts': dict(num_local_experts=number) for number in (4, 8, 16) if number >= chosen},
+        # as wide as the chosen ones together, so that a token meets as many parameters
+        '1 expert': dict(num_local_experts=1, num_experts_per_tok=1,
+                         intermediate_size=chosen * shape['intermediate_size']),
+        **{f'balance {weight}': dict(router_aux_loss_coef=weight) for weight in balances},
+        'dense GPT-2': dict(model='transformers GPT-2', muon_lr=0.0)}
+
+
+def measure_learning(job):
+    """Train a model on the data of a job, by train.py's settings, and return what it learned and what that took."""
+    import tempfile
+    import numpy as np
+    device, dtype, shape = job['device'], getattr(torch, job['dtype']), job['shape']
+    B, T, ours = job['batch_size'], job['block_size'], job['model'] == 'ours'
+    if not ours:  # of the width that has our number of active parameters
+        size = lambda width: build(job | dict(shape=shape | dict(hidden_size=width))).num_parameters()
+        with torch.device('meta'):
+            active, heads = GPT(GPTConfig(**shape)).num_parameters(active=True), shape['num_attention_heads']
+            width = min(range(heads, 4 * shape['hidden_size'], heads), key=lambda width: abs(size(width) - active))
+        job = job | dict(shape=shape | dict(hidden_size=width))
+    torch.manual_seed(job['seed'])
+    model = build(job).to(device)
+    if not job['sinks']:
+        for layer in model.model.layers:
+            torch.nn.init.constant_(layer.self_attn.sinks, -1e4)  # no share in the softmax, and so no gradient
+    rates = [job['learning_rate'], job['muon_lr']]
+    if ours:
+        optimizers = model.configure_optimizers(*rates, (job['beta1'], job['beta2']), job['weight_decay'])
+    else:
+        optimizers = [torch.optim.AdamW(model.parameters(), betas=(job['beta1'], job['beta2']), fused=True,
+                                        weight_decay=job['weight_decay'])]
+    meta = json.loads(Path(job['data_dir'], 'meta.json').read_text())
+    tokens = {split: np.memmap(Path(job['data_dir'], f'{split}.bin'), meta['dtype'], 'r') for split in ('train', 'val')}
+
+    def loss_of(split, starts):
+        rows = np.stack([tokens[split][i:i + T + 1] for i in starts]).astype(np.int64)
+        x, y = (part.to(device) for part in (torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])))
+        with torch.autocast(device.partition(':')[0], dtype, enabled=dtype != torch.float32):
+            if ours:
+                return model(x, y, return_logits=False)[1]
+            logits = model(x, use_cache=False).logits.flatten(0, 1).float()
+            return torch.nn.functional.cross_entropy(logits, y.flatten())
+
+    model.train()
+    rng, losses, seconds = np.random.default_rng(job['seed']), [], 0.0
+    for step in range(job['max_iters']):
+        began = time.perf_counter()
+        done = max(0, step - job['warmup_iters']) / max(1, job['max_iters'] - job['warmup_iters'])
+        share = min((step + 1) / (job['warmup_iters'] + 1), 1, (1 - done) / max(job['cooldown'], 1e-9))
+        for optimizer, rate in zip(optimizers, rates):
+            for group in optimizer.param_groups:
+                group['lr'] = rate * share
+        loss = loss_of('train', rng.integers(len(tokens['train']) - T, size=B))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job['grad_clip'])
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        seconds += time.perf_counter() - began
+    result = dict(train_loss=statistics.mean(losses[-len(losses) // 20:]), memory=peak_memory(device))
+    if ours:
+        loads = torch.stack([layer.mlp.load for layer in model.model.layers]).double()
+        result['busiest'] = (loads.amax(1) / loads.mean(1)).max().item()
+    model.eval()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        batches = np.array_split(T * np.arange((len(tokens['val']) - 1) // T), len(tokens['val']) // (B * T) or 1)
+        result['val_loss'] = sum(loss_of('val', starts).item() * len(starts) for starts in batches) / sum(map(len, batches))
+        model.save_pretrained(folder)
+        result['disk'] = sum(file.stat().st_size for file in Path(folder).glob('*.safetensors'))
+        prompt = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        options = dict(temperature=0) if ours else dict(do_sample=False, min_new_tokens=T - 1, pad_token_id=0)
+        generate = lambda: model.generate(prompt, max_new_tokens=T - 1, **options)
+        generate()
+        result['generate_ms'] = 1e3 * timed(generate, device, 3) / (T - 1)
+    result['train_us'] = 1e6 * seconds / (job['max_iters'] * B * T)
+    result['active'] = model.num_parameters(active=True) if ours else model.num_parameters()
+    return result
+
+
 # --- tables of measurements ---------------------------------------------------------------------------------------
 
 SMALL = dict(num_local_experts=8, num_experts_per_tok=2, head_dim=64)
@@ -258,7 +347,7 @@ WORKS = {  # what --compare measures, where `models` says so of others than ours
 
 
 def in_fresh_process(job):
-    work = measure_prepare if job['part'] == 'prepare' else measure
+    work = dict(prepare=measure_prepare, learn=measure_learning).get(job['part'], measure)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
             return pool.submit(work, job).result()
@@ -283,12 +372,42 @@ def median_of_rounds(jobs):
 def print_table(rows):
     columns = list(dict.fromkeys(key for row in rows for key in row))
     show = {'tokens_per_second': '{:,.0f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}',
-            'ours_is': '{:.2f} x', 'bytes_per_second': '{:,.0f}'}
+            'ours_is': '{:.2f} x', 'bytes_per_second': '{:,.0f}', 'val_loss': '{:.3f}', 'train_loss': '{:.3f}',
+            'spread': '{:.3f}', 'disk': '{:.1f}', 'active': '{:,.0f}', 'generate_ms': '{:.1f}', 'train_us': '{:.0f}',
+            'busiest': '{:.2f}'}
     head = {'tokens_per_second': 'tokens/s', 'memory': 'peak GB', 'ours_is': 'ours is', 'matmul_share': 'matmuls',
-            'mfu': 'MFU', 'bytes_per_second': 'bytes/s'}
+            'mfu': 'MFU', 'bytes_per_second': 'bytes/s', 'train_us': 'µs a token, training',
+            'generate_ms': 'ms a token, generating', 'disk': 'MB on disk', 'active': 'active parameters'}
     print('| ' + ' | '.join(head.get(c, c) for c in columns) + ' |\n|' + '---|' * len(columns))
     for row in rows:
         print('| ' + ' | '.join(show.get(c, '{}').format(row[c]) if c in row else '' for c in columns) + ' |')
+
+
+def learning_rows(common):
+    """A row for each chosen variant: means over the seeds, and the spread of the validation losses, highest - lowest."""
+    meta = Path(data_dir, 'meta.json')
+    if not meta.exists():
+        config.fail(f'{meta} is missing; make the data first, python prepare.py with the same config file')
+    shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
+    shape['vocab_size'] = shape['vocab_size'] or json.loads(meta.read_text())['vocab_size']
+    keys = 'learning_rate muon_lr beta1 beta2 weight_decay max_iters warmup_iters cooldown grad_clip'.split()
+    common |= {key: globals()[key] for key in keys} | dict(part='learn', batch_size=batch_size, data_dir=data_dir, sinks=True)
+    table, rows = variants(shape), []
+    chosen = list(table) if works == 'all' else works.split(',')
+    if unknown := [name for name in chosen if name not in table]:
+        config.fail(f'works has {", ".join(unknown)}; there are {", ".join(table)}')
+    for name in chosen:
+        change = table[name]
+        fields = {key: value for key, value in change.items() if key in shape}
+        job = common | change | dict(shape=shape | fields)
+        results = [in_fresh_process(job | dict(seed=int(number))) for number in seeds.split(',')]
+        row = dict(row=name) | {key: statistics.mean(result[key] for result in results) for key in results[0]}
+        row['spread'] = max(r['val_loss'] for r in results) - min(r['val_loss'] for r in results)
+        row['memory'] /= 1e9
+        row['disk'] /= 1e6
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    return rows
 
 
 def main():
@@ -301,7 +420,9 @@ def main():
                   prompt_tokens=prompt_tokens, new_tokens=new_tokens, block_size=block_size,
                   model='ours', experts='grouped_mm')
     rows = []
-    if compare:
+    if learn:
+        rows = learning_rows(common)
+    elif compare:
         chosen = WORKS if works == 'all' else {name: WORKS.get(name) for name in works.split(',')}
         if None in chosen.values():
             config.fail(f'works is {works!r}; there are {", ".join(WORKS)}')
