@@ -4,7 +4,7 @@ Measure a config on this machine: training tokens/s and MFU, prefill and decodin
     python bench.py                          # the default model
     python bench.py config/tinystories.py --batch_size=8 --profile
     python bench.py --compare                # and transformers' GptOss and GPT-2 on the same work, where installed
-    python bench.py config/shakespeare_char_cpu.py --learn   # what it learns, beside a dense GPT-2 and without its parts
+    python bench.py config/shakespeare_char_cpu.py --learn   # what it learns, beside a dense GPT-2, with parts changed
 
 Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too;
 with --compare the implementations take turns, so that a machine that slows down slows all of them. The numbers also
@@ -39,6 +39,7 @@ profile = False  # print where the time of a training step and of decoding goes
 compare = False  # the works of the README's table, ours beside its peers
 learn = False  # train the model on data_dir, a dense GPT-2 of equal active parameters, and the model with parts changed
 seeds = '1,2,3'  # with learn: each row is trained once with each
+plot_file = 'learn.png'  # with learn: the training losses drawn, where matplotlib is installed; empty: not
 works = 'all'  # with compare or learn: which rows, divided by commas
 json_file = 'bench.json'  # where the numbers go; empty: nowhere
 # and every setting of train.py and GPTConfig: the model's shape, batch_size, block_size, device, dtype, compile ...
@@ -105,10 +106,11 @@ def build(job):
         shape = {key: value for key, value in shape.items() if key in GptOssConfig().to_dict()}
         return GptOssForCausalLM._from_config(GptOssConfig(**shape), experts_implementation=job['experts'])
     from transformers import GPT2Config, GPT2LMHeadModel
+    dropout = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), shape.get('dropout', 0))
     return GPT2LMHeadModel._from_config(GPT2Config(
         vocab_size=shape['vocab_size'], n_embd=shape['hidden_size'], n_layer=shape['num_hidden_layers'],
-        n_head=shape['num_attention_heads'], n_positions=job['block_size'] + job['new_tokens'],
-        **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), shape.get('dropout', 0))), attn_implementation='sdpa')
+        n_head=shape['num_attention_heads'], n_positions=job['block_size'] + job['new_tokens'], bos_token_id=0,
+        eos_token_id=0, **dropout), attn_implementation='sdpa')
 
 
 def peak_memory(device):
@@ -299,14 +301,16 @@ def measure_learning(job):
         model.zero_grad(set_to_none=True)
         losses.append(loss.item())
         seconds += time.perf_counter() - began
-    result = dict(train_loss=statistics.mean(losses[-len(losses) // 20:]), memory=peak_memory(device))
+    curve = [part.mean().item() for part in np.array_split(losses, min(100, len(losses)))]
+    result = dict(curve=curve, train_loss=statistics.mean(curve[-5:]), memory=peak_memory(device))
     if ours:
         loads = torch.stack([layer.mlp.load for layer in model.model.layers]).double()
         result['busiest'] = (loads.amax(1) / loads.mean(1)).max().item()
     model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        batches = np.array_split(T * np.arange((len(tokens['val']) - 1) // T), len(tokens['val']) // (B * T) or 1)
-        result['val_loss'] = sum(loss_of('val', starts).item() * len(starts) for starts in batches) / sum(map(len, batches))
+        starts = T * np.arange((len(tokens['val']) - 1) // T)  # all of the validation tokens
+        batches = np.split(starts, range(B, len(starts), B))
+        result['val_loss'] = sum(loss_of('val', batch).item() * len(batch) for batch in batches) / len(starts)
         model.save_pretrained(folder)
         result['disk'] = sum(file.stat().st_size for file in Path(folder).glob('*.safetensors'))
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -384,15 +388,16 @@ def print_table(rows):
 
 
 def learning_rows(common):
-    """A row for each chosen variant: means over the seeds, and the spread of the validation losses, highest - lowest."""
+    """A row for each chosen variant: means over the seeds, and the validation losses' spread, highest - lowest."""
     meta = Path(data_dir, 'meta.json')
     if not meta.exists():
         config.fail(f'{meta} is missing; make the data first, python prepare.py with the same config file')
     shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
     shape['vocab_size'] = shape['vocab_size'] or json.loads(meta.read_text())['vocab_size']
     keys = 'learning_rate muon_lr beta1 beta2 weight_decay max_iters warmup_iters cooldown grad_clip'.split()
-    common |= {key: globals()[key] for key in keys} | dict(part='learn', batch_size=batch_size, data_dir=data_dir, sinks=True)
-    table, rows = variants(shape), []
+    common |= {key: globals()[key] for key in keys}
+    common |= dict(part='learn', batch_size=batch_size, data_dir=data_dir, sinks=True)
+    table, rows, curves = variants(shape), [], {}
     chosen = list(table) if works == 'all' else works.split(',')
     if unknown := [name for name in chosen if name not in table]:
         config.fail(f'works has {", ".join(unknown)}; there are {", ".join(table)}')
@@ -401,13 +406,32 @@ def learning_rows(common):
         fields = {key: value for key, value in change.items() if key in shape}
         job = common | change | dict(shape=shape | fields)
         results = [in_fresh_process(job | dict(seed=int(number))) for number in seeds.split(',')]
+        curves[name] = [statistics.mean(losses) for losses in zip(*(result.pop('curve') for result in results))]
         row = dict(row=name) | {key: statistics.mean(result[key] for result in results) for key in results[0]}
         row['spread'] = max(r['val_loss'] for r in results) - min(r['val_loss'] for r in results)
         row['memory'] /= 1e9
         row['disk'] /= 1e6
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
+    if plot_file:
+        draw(curves)
     return rows
+
+
+def draw(curves):
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f'(no {plot_file}: pip install matplotlib)')
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+    pyplot.figure(figsize=(8, 5))
+    for name, losses in curves.items():
+        tokens = [(i + 1) / len(losses) * max_iters * batch_size * block_size for i in range(len(losses))]
+        pyplot.plot(tokens, losses, label=name, linewidth=1)
+    pyplot.gca().set(xlabel='tokens', ylabel='training loss (nats a token)', yscale='log')
+    pyplot.legend()
+    pyplot.savefig(plot_file, dpi=120)
 
 
 def main():

@@ -259,7 +259,8 @@ class ExpertByExpert(torch.autograd.Function):
                 torch.mm(dout.T, xe, out=dw[e])
                 torch.sum(dout, 0, out=db[e])
         dx = torch.zeros_like(x).index_add_(0, token, grouped_linear(dgate_up, w1.mT, None, ctx.counts))
-        return (dx, dshare, None, None, dw1.to(w1.dtype), db1.to(b1.dtype), dw2.to(w2.dtype), db2.to(b2.dtype), None, None)
+        gradients = (gradient.to(p.dtype) for gradient, p in zip((dw1, db1, dw2, db2), (w1, b1, w2, b2)))
+        return dx, dshare, None, None, *gradients, None, None
 
 
 def grouped_linear(x, w, b, counts):
@@ -488,7 +489,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum, with its singular values set to 1.
+    """Muon, momentum with its singular values set to 1: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
 
     A group holds parameters of one shape (..., m, n): leading dimensions count matrices, experts for instance, and each
     is `pieces` matrices on top of one another, gate and up for instance. A step moves an m x n matrix by lr * max(1,

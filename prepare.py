@@ -191,8 +191,9 @@ def open_source():
             kind = kinds[Path(file).suffix]
             with reading(file):
                 # as they stand: the lines of a text whole, and the cells of a CSV that say NA or null as text too
-                options = dict(text=dict(keep_linebreaks=True, encoding='utf-8-sig'), csv=dict(keep_default_na=False)).get(kind, {})
-                rows = datasets.load_dataset(kind, data_files=[file], split='train', streaming=True, **options)
+                options = dict(text=dict(keep_linebreaks=True, encoding='utf-8-sig'), csv=dict(keep_default_na=False))
+                rows = datasets.load_dataset(kind, data_files=[file], split='train', streaming=True,
+                                             **options.get(kind, {}))
                 yield from text_file(rows) if kind == 'text' else column(rows, file)
 
     return {'train': lambda: limited(pieces())}

@@ -177,8 +177,9 @@ else:
             for p in (p for group in optimizer.param_groups for p in group['params']):
                 optimizer.state[p] = {key: saved[f'{names[p]}/{key}'].clone() for key in keys}
     except (OSError, SafetensorError, KeyError) as error:
-        config.fail(f'{source}/optimizer.safetensors is damaged, missing or of other optimizers ({type(error).__name__}: '
-                    f'{error}); start anew from the weights with --init_from={source} and another --out_dir')
+        config.fail(f'{source}/optimizer.safetensors is damaged, missing or of other optimizers '
+                    f'({type(error).__name__}: {error}); start anew from the weights with --init_from={source} and '
+                    f'another --out_dir')
 
 
 def open_bin(split):
