@@ -428,7 +428,8 @@ def main():
     else:
         pieces = divide(source['train'](), **counts)
     dtype = np.dtype(np.uint16 if encoder.max_token_value < 2 ** 16 else np.uint32)
-    meta = dict(dataset=dataset, tokenizer=tokenizer, vocab_size=encoder.max_token_value + 1, dtype=dtype.name)
+    meta = dict(dataset=dataset, tokenizer=tokenizer, vocab_size=encoder.max_token_value + 1,
+                eot_token=encoder.eot_token, dtype=dtype.name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as partial:
         partial = Path(partial)

@@ -242,7 +242,7 @@ def test_expert_by_expert(counts, dtype, tolerance):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('batch', [1, 3, 9])
 def test_compiled_decoding(batch, dtype):
-    """The step that `generate(compile=True)` compiles is as near to fp32 as the eager one, in window and full layers."""
+    """The step that `generate(compile=True)` compiles is as near to fp32 as the eager one, in both kinds of layers."""
     # every expert is chosen, for where the router's choice is close, rounding decides it
     model, idx = make(num_experts_per_tok=5).eval().to(dtype), torch.randint(97, (batch, 24))
     exact = copy.deepcopy(model).float()

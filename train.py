@@ -133,6 +133,7 @@ try:
     meta = json.loads((data / 'meta.json').read_text())
     sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
     token_dtype, vocabulary = np.dtype(meta['dtype']), meta['vocab_size']
+    end_of_text = meta.get('eot_token', -1)
     bytes_per_token, perfect = meta['val_bytes'] / meta['val_tokens'], float(meta.get('perfect_loss', 'nan'))
     numbers = *sizes.values(), vocabulary, meta['val_bytes']
     if not all(isinstance(n, int) and n > 0 for n in numbers) or token_dtype.name not in ('uint16', 'uint32'):
@@ -195,7 +196,19 @@ def open_bin(split):
     return tokens
 
 
+def cut_into_rows(tokens):
+    """Starts of rows of block_size that begin with a document's first token, and go on in a longer one: a document that
+    does not end in its row, though another does, has the next row. So documents are seen from their beginnings."""
+    ends = np.append(np.flatnonzero(tokens == end_of_text), len(tokens))
+    starts = [0]
+    while starts[-1] + block_size < len(tokens):
+        last = ends[np.searchsorted(ends, starts[-1] + block_size, 'right') - 1]  # the last end in this row
+        starts.append(last if last > starts[-1] else starts[-1] + block_size)
+    return np.array(starts[:-1])
+
+
 train_tokens, val_tokens = open_bin('train'), open_bin('val')
+val_rows = cut_into_rows(val_tokens)
 blocks = max(1, (len(train_tokens) - block_size) // block_size)  # in an epoch
 
 
@@ -228,16 +241,20 @@ def train_batch():
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss in nats a token over eval_iters batches spread over the validation tokens, or over all their blocks."""
+    """Mean loss in nats a token of eval_iters batches spread over the validation rows, or of all of them."""
     model.eval()
-    starts, total = block_size * np.arange((len(val_tokens) - 1) // block_size), 0
+    starts, total, count = val_rows, torch.zeros((), device=device), 0
     if eval_iters:
-        starts = np.linspace(0, len(val_tokens) - block_size - 1, eval_iters * batch_size).astype(int)
+        starts = starts[np.linspace(0, len(starts), eval_iters * batch_size, endpoint=False).astype(int)]
     for rows in np.split(starts, range(batch_size, len(starts), batch_size)):
+        x, y = to_device(val_tokens, rows)
+        is_end = y == end_of_text  # what comes after the last whole document of a row begins another row
+        y = y.masked_fill((is_end.flip(1).cumsum(1).flip(1) == 0) & is_end.any(1, keepdim=True), -1)
         with autocast:
-            total += run(*to_device(val_tokens, rows), return_logits=False)[1] * len(rows)
+            loss = run(x, y, return_logits=False)[1]
+        total, count = total + loss * (y >= 0).sum(), count + (y >= 0).sum()
     model.train()
-    return total.item() / len(starts)
+    return (total / count).item()
 
 
 def expert_report():
@@ -422,7 +439,8 @@ try:
             busy += time.perf_counter() - began
             speed = len(losses) * gradient_accumulation_steps * batch_size * block_size / busy
             shown = dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{speed:,.0f}')
-            row = dict(train_loss=train_loss, lr=learning_rate * schedule(step - 1), grad_norm=norm.item(), tokens_per_second=speed)
+            row = dict(train_loss=train_loss, lr=learning_rate * schedule(step - 1), grad_norm=norm.item(),
+                       tokens_per_second=speed)
             if peak:
                 row['mfu'] = flops * speed / peak
                 shown['mfu'] = f'{row["mfu"]:.0%}'
