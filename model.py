@@ -497,7 +497,7 @@ class Muon(torch.optim.Optimizer):
     """
     _step_supports_amp_scaling = True  # GradScaler shall leave its found_inf here, as it does for fused AdamW
 
-    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, groups, lr, momentum, weight_decay):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))
 
     @torch.no_grad()
@@ -689,7 +689,7 @@ class GPT(nn.Module):
     def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay):
         """[AdamW, Muon]: Muon moves the hidden matrices (q, k, v, o, gate, up, down), AdamW all else.
 
-        With muon_lr 0 AdamW has them too, and is alone. Only matrices decay: no norm, no sink, and no bias, though the
+        Muon's momentum is betas[0]. With muon_lr 0 AdamW has all, and is alone. Only matrices decay: no norm, no sink, and no bias, though the
         experts' biases are 2-D.
         """
         decay, rest, hidden = [], [], {}
@@ -702,7 +702,7 @@ class GPT(nn.Module):
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
         if hidden:
             groups = [dict(params=params, pieces=pieces) for (_, pieces), params in hidden.items()]
-            optimizers.append(Muon(groups, muon_lr, weight_decay=weight_decay))
+            optimizers.append(Muon(groups, muon_lr, betas[0], weight_decay))
         return optimizers
 
     @classmethod

@@ -46,85 +46,48 @@ num_proc = 0  # threads that tokenise; 0: one a core
 # --- the built-in corpus: stories from a small grammar, with a known entropy --------------------------------------
 
 CHILDREN = [
-    ('girl', name, 'she', 'her', 'her') for name in 'Lily Mia Anna Zoe Rose Ella Nora Ruby Clara Alma'.split()] + [
-    ('boy', name, 'he', 'him', 'his') for name in 'Tom Ben Max Sam Leo Finn Jack Hugo Oscar Theo'.split()]
+    ('girl', name, 'She', 'her') for name in 'Lily Mia Anna Zoe Rose Ella Nora Ruby Clara Alma'.split()] + [
+    ('boy', name, 'He', 'his') for name in 'Tom Ben Max Sam Leo Finn Jack Hugo Oscar Theo'.split()]
 FRIENDS = 'Pip Momo Bella Coco Dot Fuzzy Gus Hazel Jojo Kiki Luna Nutmeg Olive Poppy Rusty Tilly'.split()
 ANIMALS = 'rabbit fox duck bear mouse frog turtle squirrel hedgehog cat puppy goat'.split()
 TRAITS = 'little kind brave shy clever cheerful quiet funny'.split()
-COLOURS = 'red blue green yellow white purple golden silver'.split()
 THINGS = 'ball kite hat drum boat lantern blanket bell cup basket ring book whistle scarf'.split()
-HOMES = ['in a small house', 'on a farm', 'in a tall tower', 'next to a bakery', 'at the end of a long road',
-         'in a wooden hut']
-FAMILY = ['mother', 'father', 'grandmother', 'grandfather', 'aunt', 'uncle']
-PLACES = ['by the river', 'in the forest', 'on the hill', 'in the meadow', 'near the old mill', 'at the lake',
-          'in the orchard', 'by the sea', 'at the market', 'near the bridge']
-SPOTS = ['under a stone', 'behind a tree', 'in the tall grass', 'on a wall', 'inside a hollow log',
-         'between two bushes', 'on a bench']
+PLACES = 'river forest hill meadow mill lake orchard beach market bridge'.split()
 SKIES = 'sunny windy cloudy foggy warm cold'.split()
-FOODS = 'an apple|some bread|a cookie|some soup|a pear|some cake|some cheese|a carrot'.split('|')
-GAMES = ['pick flowers', 'look for shells', 'catch the wind', 'count the clouds', 'climb the rocks',
-         'play hide and seek', 'have a picnic']
-EVENTS = [  # what may happen on the way; {} are filled by `tell`
-    ('They met {other}, who was carrying {food} and {food2}. "Are you hungry?" asked {other}. '
-     'They sat down and ate it all together.'),
-    ('Suddenly it began to rain, so they hid {spot} until the sun came back. '
-     '{friend} sang a song about {thing} and they both laughed.'),
-    ('{friend} saw a bird with a broken wing. {child} made a soft bed for it {spot}, and {friend} gave it {food}. '
-     'Soon the bird could fly.'),
-    ('There was a loud noise {place2}. It was only {other}, who had dropped {thing} into the water. '
-     '{child} helped to pull it out.'),
-    ('{child} fell down and hurt {his} {part}. "Do not cry," said {friend}. '
-     '{friend} found a leaf, put it on the {part} and told a joke.'),
-    ('They built a {size} castle of {stuff}. '
-     'When it was done, {other} came by and said it was the best castle {place2}.'),
-    ('{other} was lost and did not know the way. "We can help you," said {child}. '
-     'They walked {place2}, and {other} was safe at last.'),
-    ('They raced to {goal}. {winner} won, but {friend} said that running together was the best part. '
-     'Then they shared {food}.'),
-    ('A {trait} wind took {thing} from {other} and blew it up into the sky. '
-     '{child} jumped {count} times and caught it.'),
+FOODS = 'bread soup cake cheese honey nuts berries plums'.split()
+EVENTS = [  # what may happen to the child, its pal and their thing; {} are filled by `tell`
+    '{pal} was hungry, so {child} put down the {thing} and gave {pal} some {food}.',
+    'Suddenly it began to rain. {child} hid the {thing} under a {spot}, and {pal} sang about the {thing}.',
+    'A {strong} wind took the {thing} over the {place}. {pal} jumped {count} times and caught the {thing} for {child}.',
+    '{child} fell and hurt {his} {part}. {pal} put some {food} on the {part} and told a joke about the {thing}.',
+    'They built a {size} castle of {stuff} for the {thing}. "I like to play with {stuff}," said {pal}.',
+    'They raced to the {place} and back. {winner} won the {thing}, and {pal} laughed.',
+    '{child} lost the {thing} near a {spot}. {pal} looked for it for {count} hours, and the {thing} was found.',
+    '{pal} was {feeling}. "Take my {thing}," said {child}, and soon {pal} was happy.',
 ]
 
 
 def tell(pick):
     """One story. pick(options) chooses; the text gives every choice away, so its probability is the choices'."""
-    kind, child, he, him, his = pick(CHILDREN)
-    friend, animal, trait, trait2 = pick(FRIENDS), pick(ANIMALS), pick(TRAITS), pick(TRAITS)
-    colour, thing, home, giver = pick(COLOURS), pick(THINGS), pick(HOMES), pick(FAMILY)
-    place, spot, game = pick(PLACES), pick(SPOTS), pick(GAMES)
-    lines = [f'Once upon a time there was a {trait} {kind} named {child}, who lived {home}. '
-             f'{child} had a {trait2} friend, a {animal} named {friend}. '
-             f'What {child} loved most was a {colour} {thing}, which {his} {giver} had made for {him}.\n',
-             f'One {pick(SKIES)} {pick(["morning", "afternoon"])}, {child} and {friend} went out to {game} '
-             f'{place}. {child} put the {colour} {thing} {spot}, so that it would be safe.']
-    for _ in range(pick([2, 3, 4])):
-        event = pick(EVENTS)
-        slots = dict(child=child, friend=friend, his=his)
-        for slot, options in (('food', FOODS), ('spot', SPOTS), ('place2', PLACES), ('trait', ['strong', 'sudden']),
-                              ('part', ['knee', 'hand', 'foot', 'nose']), ('size', ['big', 'small', 'round']),
-                              ('stuff', ['sand', 'sticks', 'snow', 'mud']),
-                              ('goal', ['the fence', 'a big oak', 'the gate']), ('winner', [child, friend]),
-                              ('count', ['two', 'three', 'four'])):
-            if f'{{{slot}}}' in event:
-                slots[slot] = pick(options)
-        if '{food2}' in event:
-            slots['food2'] = pick([f for f in FOODS if f != slots['food']])
-        if '{other}' in event:
-            slots['other'] = (f'the {pick(["old", "young", "fat", "tiny"])} '
-                              f'{pick([a for a in ANIMALS if a != animal])}')
-        if '{thing}' in event:
-            slots['thing'] = (f'a {pick([c for c in COLOURS if c != colour])} '
-                              f'{pick([t for t in THINGS if t != thing])}')
-        line = event.format(**slots)
-        lines.append(line[0].upper() + line[1:])
-    lines[-1] += '\n'
-    lines += [f'When it was time to go home, {child} looked sad. "Where is my {colour} {thing}?" {he} asked. '
-              f'{friend} thought for a while. "You put it {spot} {place}," said the {animal}. '
-              'They went back, and there it was!\n',
-              f'{child} hugged {friend}. "{pick(["Thank you", "You are the best", "I am so glad"])}, {friend}," '
-              f'{he} said. Then they walked home, and {his} {giver} gave them {pick(FOODS)}. '
-              f'{child}, {friend} and the {colour} {thing} lived happily {home}.']
-    return ' '.join(lines).replace('\n ', '\n\n')
+    kind, child, he, his = pick(CHILDREN)
+    friend = pick(FRIENDS)
+    kept = dict(kind=kind, child=child, he=he, his=his, pal=f'{friend} the {pick(ANIMALS)}', thing=pick(THINGS),
+                place=pick(PLACES))
+    free = dict(trait=TRAITS, sky=SKIES, food=FOODS, winner=[child, friend], **{
+        slot: options.split() for slot, options in dict(
+            when='morning afternoon evening', spot='stone tree wall log bush bench', strong='strong sudden warm',
+            count='two three four five', part='knee hand foot nose', size='big small round tall',
+            stuff='sand sticks snow mud', feeling='sad tired angry bored').items()})
+
+    def say(line):
+        return line.format(**kept, **{slot: pick(options) for slot, options in free.items() if f'{{{slot}}}' in line})
+
+    events = [say(pick(EVENTS)) for _ in range(pick([3, 4, 5]))]
+    return '\n\n'.join((
+        say('Once upon a time there was a {trait} {kind} named {child}. {he} had a friend, {pal}, and a {thing}.'),
+        ' '.join((say('One {sky} {when}, {child} and {pal} took the {thing} to the {place}.'), *events)),
+        say('Then {child} and {pal} walked home from the {place} with the {thing}. '
+            'The {thing} had been to the {place}, and {child} and {pal} were happy.')))
 
 
 def builtin_stories(megabytes, seed):

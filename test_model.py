@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -458,7 +459,7 @@ def test_muon(monkeypatch):
     matrices = {p: [torch.nn.Parameter(m.clone()) for m in p.detach().reshape(-1, p.size(-2) // n, p.size(-1))]
                 for p, n in pieces.items()}
     assert sorted({len(parts) for parts in matrices.values()}) == [1, 5, 10]
-    expected = torch.optim.Muon([m for parts in matrices.values() for m in parts], lr=0.05, momentum=0.95,
+    expected = torch.optim.Muon([m for parts in matrices.values() for m in parts], lr=0.05, momentum=0.9,
                                 weight_decay=0.1)
     for _ in range(3):
         before = {p: p.detach().clone() for p in pieces}
@@ -746,7 +747,7 @@ TINY = ['--hidden_size=32', '--intermediate_size=32', '--num_hidden_layers=2', '
 
 
 def test_stories():
-    """Deterministic by seed; things come back beyond the window; the text gives all choices away: exact entropy."""
+    """Deterministic by seed; who and what it is about comes back; the text gives all choices away: exact entropy."""
     first = list(prepare.builtin_stories(0.05, 1))
     assert first == list(prepare.builtin_stories(0.05, 1)) != list(prepare.builtin_stories(0.05, 2))
     assert all(text.startswith('Once upon a time') for text, _ in first)
@@ -764,10 +765,10 @@ def test_stories():
     for _ in range(10):
         seen = []
         text = told([], seen, rng)
-        words = [word.strip('.,?!"') for word in text.split()]
-        thing = text.split(' loved most was a ')[1].split(',')[0].split()
-        places = [i for i in range(len(words)) if words[i:i + 2] == thing]
-        assert max(b - a for a, b in zip(places, places[1:])) > 40 and places[-1] - places[0] > 128
+        child, friend, animal, thing = re.match(
+            r'Once upon a time there was a \w+ \w+ named (\w+)\. \w+ had a friend, (\w+) the (\w+), and a (\w+)\.',
+            text).groups()
+        assert all(word in text.split('\n\n')[2] for word in (child, f'{friend} the {animal}', thing))
         for i, (choice, number) in enumerate(seen):  # another choice there, and all else the same, is another text
             for other in set(range(number)) - {choice}:
                 assert told([c for c, _ in seen[:i]] + [other] + [c for c, _ in seen[i + 1:]], [], rng) != text

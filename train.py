@@ -43,24 +43,23 @@ gradient_accumulation_steps = 1  # batches that make one step
 # the model's shape; the other fields of GPTConfig keep their defaults
 vocab_size = 0  # 0: the tokenizer's
 hidden_size = 128
-intermediate_size = 128
+intermediate_size = 64
 num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 32
-initializer_range = 0.04
-router_aux_loss_coef = 0.01
+router_aux_loss_coef = 0.03
 # the optimizers and their schedule
 max_iters = 500  # optimizer steps in the whole run
-learning_rate = 6e-3  # AdamW's, at its highest
-muon_lr = 0.02  # Muon's, on the hidden matrices, at its highest; 0: AdamW has them too
+learning_rate = 1.2e-2  # AdamW's, at its highest
+muon_lr = 0.007  # Muon's, on the hidden matrices, at its highest; 0: AdamW has them too
 min_lr = 0.0  # AdamW's at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then straight down over the cooldown) or constant
 cooldown = 0.7  # share of the run over which the linear schedule comes down
 weight_decay = 0.1  # on matrices only
-beta1 = 0.9  # decay of AdamW's mean of the gradient
-beta2 = 0.95  # decay of its mean of the squared gradient
+beta1 = 0.9  # decay of the mean of the gradients, AdamW's and Muon's
+beta2 = 0.95  # decay of AdamW's mean of the squared gradients
 grad_clip = 1.0  # the gradient's norm is cut to this; 0: never
 # reports
 eval_interval = 100  # steps between evaluations, at which checkpoints are written

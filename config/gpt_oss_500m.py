@@ -25,10 +25,10 @@ tie_word_embeddings = True
 
 batch_size = 32
 block_size = 1024
-gradient_accumulation_steps = 16  # half a million tokens a stepinitializer_range = 0.02
+gradient_accumulation_steps = 16  # half a million tokens a step
 
 max_iters = 19000  # one pass over ten billion tokens
-learning_rate = 1e-3
+learning_rate = 2e-3
 warmup_iters = 500
 eval_interval = 500
 eval_iters = 20

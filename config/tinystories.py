@@ -20,10 +20,9 @@ head_dim = 64
 hidden_size = 384
 intermediate_size = 384
 tie_word_embeddings = True
-initializer_range = 0.02
 
 max_iters = 10000
-learning_rate = 2e-3
+learning_rate = 4e-3
 warmup_iters = 200
 eval_interval = 500
 eval_iters = 40
