@@ -689,8 +689,8 @@ class GPT(nn.Module):
     def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay):
         """[AdamW, Muon]: Muon moves the hidden matrices (q, k, v, o, gate, up, down), AdamW all else.
 
-        Muon's momentum is betas[0]. With muon_lr 0 AdamW has all, and is alone. Only matrices decay: no norm, no sink, and no bias, though the
-        experts' biases are 2-D.
+        Muon's momentum is betas[0]. With muon_lr 0 AdamW has all, and is alone. Only matrices decay: no norm, no sink,
+        and no bias, though the experts' biases are 2-D.
         """
         decay, rest, hidden = [], [], {}
         for name, p in self.named_parameters():

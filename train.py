@@ -198,10 +198,10 @@ def open_bin(split):
 def cut_into_rows(tokens):
     """Starts of rows of block_size that begin with a document's first token, and go on in a longer one: a document that
     does not end in its row, though another does, has the next row. So documents are seen from their beginnings."""
-    ends = np.append(np.flatnonzero(tokens == end_of_text), len(tokens))
+    ends = np.append(0, np.flatnonzero(tokens == end_of_text))
     starts = [0]
     while starts[-1] + block_size < len(tokens):
-        last = ends[np.searchsorted(ends, starts[-1] + block_size, 'right') - 1]  # the last end in this row
+        last = ends[np.searchsorted(ends, starts[-1] + block_size, 'right') - 1]  # the last end until the row's end
         starts.append(last if last > starts[-1] else starts[-1] + block_size)
     return np.array(starts[:-1])
 
