@@ -168,46 +168,79 @@ def rotate(x, cos, sin):
 def attention(q, k, v, sinks, window=None, dropout=0.0):
     """Causal attention with sinks: q (B, T, H, hd), k and v (B, T, KV, hd), sinks (H,) -> (B, T, H, hd).
 
-    A sink is a logit that joins the softmax and takes its share of the weight to no value. That is one more key, seen
-    by every query, with a zero value, so any SDPA kernel computes it exactly, gradients included: give queries and keys
-    a few more features, and let the sink's key be 1 in the first of them, where the queries hold the sink's logit
-    (times √hd, which the scale takes away again). The second extra feature switches padding keys off.
+    A sink is a logit that joins the softmax and takes its share of the weight to no value. A query sees its past, or, of
+    a window, blocks of `window` queries see the block before theirs and their own: exact, and linear in T.
     """
     B, T, H, hd = q.shape
-    KV, extra = k.shape[2], 8 + -hd % 8  # flash kernels want a multiple of 8
+    blocks = 1 if window is None or window >= T else -(-T // window)
+    mask = None
+    if blocks > 1:
+        def split(x, before=0):  # (B, before + T, heads, hd) -> (B, its blocks, window, heads, hd)
+            return F.pad(x, (0, 0, 0, 0, before, blocks * window - T)).unflatten(1, (-1, window))
 
-    def key(feature, value, length):  # keys that are zero but for one extra feature
-        return F.pad(k.new_full((1, 1, 1, 1), value), (hd + feature, extra - feature - 1)).expand(B, length, KV, -1)
-
-    mine = torch.cat((sinks[:, None] * hd ** 0.5, torch.ones_like(sinks)[:, None]), dim=1).to(q.dtype)
-    q = torch.cat((q, F.pad(mine, (0, extra - 2)).expand(B, T, H, extra)), dim=-1)
-    k, v = F.pad(k, (0, extra)), F.pad(v, (0, extra))
-
-    if window is None or window >= T:
-        # A query sees the sink, as key 0, and its past: the causal triangle, once the queries too have a row in front.
-        q, v, mask, causal = F.pad(q, (0, 0, 0, 0, 1, 0)), F.pad(v, (0, 0, 0, 0, 1, 0)), None, True
-        k = torch.cat((key(0, 1.0, 1), k), dim=1)  # all (B, 1 + T, heads, hd + extra)
-    else:
-        # Blocks of `window` queries see the sink, the block before theirs and their own: exact, and linear in T.
-        blocks = -(-T // window)
-
-        def split(x, before=0):  # (B, before + T, heads, ·) -> (B, its blocks, window, heads, ·)
-            x = F.pad(x, (0, 0, 0, 0, before, blocks * window - T))
-            return x.view(B, -1, window, *x.shape[2:])
-
-        q, v = split(q), split(v, before=window)
-        k = split(torch.cat((key(1, -2e4, window), k), dim=1))
-        k = torch.cat((key(0, 1.0, blocks).unsqueeze(2), k[:, :-1], k[:, 1:]), dim=2).flatten(0, 1)
-        v = torch.cat((torch.zeros_like(v[:, 1:, :1]), v[:, :-1], v[:, 1:]), dim=2).flatten(0, 1)
-        q = q.flatten(0, 1)  # (B * blocks, window, H, ·); keys and values (B * blocks, 1 + 2 * window, KV, ·)
+        q = split(q).flatten(0, 1)  # (B * blocks, window, H, hd); keys and values (B * blocks, 2 * window, KV, hd)
+        k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (split(k, window), split(v, window)))
         distance = torch.arange(window, device=q.device)[:, None] - torch.arange(-window, window, device=q.device)
-        mask, causal = F.pad((distance >= 0) & (distance < window), (1, 0), value=True), False
+        mask = ((distance >= 0) & (distance < window)).repeat(blocks, 1, 1)
+        mask[0, :, :window] = False  # before the first block there is nothing
+        mask = mask.repeat(B, 1, 1)[:, None]  # (B * blocks, 1, window, 2 * window)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == 'cpu' and not dropout:
+        y = SinkAttention.apply(q, k, v, sinks, mask)
+    else:
+        y = attention_by_key(q, k, v, sinks, mask, dropout)
+    return y.transpose(1, 2).reshape(B, -1, H, hd)[:, :T]
+
+
+class SinkAttention(torch.autograd.Function):
+    """q (B, H, T, hd), k and v (B, KV, S, hd), sinks (H,), mask bool (B, 1, T, S) or None: causal -> (B, H, T, hd).
+
+    PyTorch's flash kernel for CPUs also tells the logarithm of every softmax's denominator, which the sink then joins.
+    The sink's value is zero, so the kernel's own backward, told the outputs and denominators with the sink, has the
+    gradients of q, k and v. Takes 0.5 of the time of a further key.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, mask):
+        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=bias, scale=q.size(-1) ** -0.5)
+        total = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
+        y = (y * (lse - total).exp()[..., None]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, bias, y, total)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, sinks, bias, y, total = ctx.saved_tensors
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, k, v, y, total, 0.0, bias is None, attn_mask=bias, scale=q.size(-1) ** -0.5)
+        share = (sinks[:, None] - total).exp()  # of the sinks in the softmax
+        return dq, dk, dv, -(share * (dy * y).sum(-1)).sum((0, 2)).to(sinks.dtype), None
+
+
+def attention_by_key(q, k, v, sinks, mask, dropout):
+    """What SinkAttention computes, by any SDPA kernel and with dropout: the sink as one more key, with a zero value.
+
+    Queries and keys get a few more features, and the sink's key is 1 in the first of them, where the queries hold the
+    sink's logit (times √hd, which the scale takes away again).
+    """
+    B, H, T, hd = q.shape
+    KV, extra = k.size(1), 8 + -hd % 8  # flash kernels want a multiple of 8
+    mine = F.pad((sinks * hd ** 0.5).to(q.dtype)[:, None], (0, extra - 1))
+    q = torch.cat((q, mine[:, None].expand(B, H, T, extra)), dim=-1)
+    sink = F.pad(k.new_ones(1, 1, 1, 1), (hd, extra - 1)).expand(B, KV, 1, -1)
+    k, v = torch.cat((sink, F.pad(k, (0, extra))), dim=2), F.pad(v, (0, extra, 1, 0))  # the sink is key 0
+    if mask is None:
+        q = F.pad(q, (0, 0, 1, 0))  # with a row in front of the queries too, what they see is the causal triangle
+    else:
+        mask = F.pad(mask, (1, 0), value=True)
     if q.is_cuda:  # where there is a mask, fp32 or an old GPU, the kernels that take groups of heads would not be used
-        k, v, KV = k.repeat_interleave(H // KV, dim=2), v.repeat_interleave(H // KV, dim=2), H
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                       dropout_p=dropout, is_causal=causal, scale=hd ** -0.5, enable_gqa=H != KV)
-    y = y.transpose(1, 2)[..., :hd]
-    return y[:, 1:] if causal else y.reshape(B, -1, H, hd)[:, :T]
+        k, v, KV = k.repeat_interleave(H // KV, dim=1), v.repeat_interleave(H // KV, dim=1), H
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
+                                       scale=hd ** -0.5, enable_gqa=H != KV)
+    return y[:, :, -T:, :hd]
 
 
 def swiglu(gate_up, limit):

@@ -201,6 +201,29 @@ def off(ours, theirs):
     return (torch.linalg.vector_norm(ours.float() - theirs) / torch.linalg.vector_norm(theirs)).item()
 
 
+@pytest.mark.parametrize('way', ['kernel', 'key'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize('T, window', [(40, None), (40, 64), (40, 8), (37, 8), (9, 8), (1, 8)])
+def test_attention(way, dtype, tolerance, T, window, monkeypatch):
+    """Both ways to take in the sinks, values and gradients, against the explicit softmax with one more column."""
+    torch.manual_seed(0)
+    if way == 'key':
+        monkeypatch.setattr(model.SinkAttention, 'apply', lambda *inputs: model.attention_by_key(*inputs, dropout=0.0))
+    inputs = [torch.randn(shape) for shape in ((2, T, 6, 16), (2, T, 2, 16), (2, T, 2, 16), (6,), (2, T, 6, 16))]
+    inputs = [x.to(dtype).float().requires_grad_() for x in inputs]
+    q, k, v, sinks, weight = inputs
+    ours = model.attention(*(x.to(dtype) for x in (q, k, v)), sinks, window)
+    gradients = torch.autograd.grad((ours.float() * weight).sum(), (q, k, v, sinks))
+    logits = torch.einsum('bthd,bshd->bhts', q, k.repeat_interleave(3, dim=2)) / 4
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    logits = logits.masked_fill((distance < 0) | (distance >= (window or T)), -math.inf)
+    shares = torch.cat((logits, sinks[:, None, None].expand(2, 6, T, 1)), dim=-1).softmax(-1)[..., :-1]
+    expected = torch.einsum('bhts,bshd->bthd', shares, v.repeat_interleave(3, dim=2))
+    assert off(ours, expected) < tolerance
+    for gradient, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), (q, k, v, sinks))):
+        assert off(gradient, theirs) < tolerance or theirs.norm() < 1e-5
+
+
 def test_swiglu():
     """Values and gradients of the clamped SwiGLU, on both sides of the limit, against the published formula."""
     torch.manual_seed(0)
