@@ -48,7 +48,7 @@ num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 32
-router_aux_loss_coef = 0.03
+router_aux_loss_coef = 0.05
 # the optimizers and their schedule
 max_iters = 500  # optimizer steps in the whole run
 learning_rate = 1.2e-2  # AdamW's, at its highest
