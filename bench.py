@@ -13,7 +13,9 @@ go to a JSON file.
 
 import config  # first, for it makes Ctrl-C quiet
 
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -252,11 +254,15 @@ def variants(shape):
 
 
 def measure_learning(job):
-    """Train a model on the data of a job, by train.py's settings, and return what it learned and what that took."""
+    """Train a model on the data of a job, and return what it learned and what that took.
+
+    The loop is train.py's at its plainest, one for ours and for GPT-2: batches drawn at random, a linear schedule, no
+    compiling, and a validation loss over the blocks of val.bin as they come.
+    """
     import tempfile
     import numpy as np
     device, dtype, shape = job['device'], getattr(torch, job['dtype']), job['shape']
-    B, T, ours = job['batch_size'], job['block_size'], job['model'] == 'ours'
+    B, T, ours, job['new_tokens'] = job['batch_size'], job['block_size'], job['model'] == 'ours', 0
     if not ours:  # of the width that has our number of active parameters
         size = lambda width: build(job | dict(shape=shape | dict(hidden_size=width))).num_parameters()
         with torch.device('meta'):
@@ -297,7 +303,7 @@ def measure_learning(job):
                 group['lr'] = rate * share
         loss = loss_of('train', rng.integers(len(tokens['train']) - T, size=B))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), job['grad_clip'])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job['grad_clip'] or math.inf)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -399,15 +405,28 @@ def learning_rows(common):
     keys = 'learning_rate muon_lr beta1 beta2 weight_decay max_iters warmup_iters cooldown grad_clip'.split()
     common |= {key: globals()[key] for key in keys}
     common |= dict(part='learn', batch_size=batch_size, data_dir=data_dir, sinks=True)
-    table, rows, curves = variants(shape), [], {}
-    chosen = list(table) if works == 'all' else works.split(',')
-    if unknown := [name for name in chosen if name not in table]:
-        config.fail(f'works has {", ".join(unknown)}; there are {", ".join(table)}')
+    jobs, rows, curves = {}, [], {}
+    try:
+        GPTConfig(**shape)
+        for name, change in variants(shape).items():
+            jobs[name] = common | change | dict(shape=shape | {key: change[key] for key in change if key in shape})
+            GPTConfig(**jobs[name]['shape'])
+        numbers = [config.convert('--seeds', number, 'int') for number in seeds.split(',')]
+        sizes = [Path(data_dir, f'{split}.bin').stat().st_size for split in ('train', 'val')]
+    except (ValueError, OSError) as error:
+        config.fail(error)
+    if min(sizes) <= (block_size + 1) * 4 or max_iters < 1:
+        config.fail(f'--learn wants max_iters of at least 1, and more data than one block ({block_size} tokens)')
+    if common['dtype'] == 'float16':
+        config.fail('--learn does not scale its loss, as float16 needs; take --dtype=float32 or bfloat16')
+    chosen = list(jobs) if works == 'all' else works.split(',')
+    if unknown := [name for name in chosen if name not in jobs]:
+        config.fail(f'works has {", ".join(unknown)}; there are {", ".join(jobs)}')
+    if importlib.util.find_spec('transformers') is None and 'dense GPT-2' in chosen:
+        print('transformers is not installed, so there is no dense GPT-2: pip install transformers')
+        chosen.remove('dense GPT-2')
     for name in chosen:
-        change = table[name]
-        fields = {key: value for key, value in change.items() if key in shape}
-        job = common | change | dict(shape=shape | fields)
-        results = [in_fresh_process(job | dict(seed=int(number))) for number in seeds.split(',')]
+        results = [in_fresh_process(jobs[name] | dict(seed=number)) for number in numbers]
         curves[name] = [statistics.mean(losses) for losses in zip(*(result.pop('curve') for result in results))]
         row = dict(row=name) | {key: statistics.mean(result[key] for result in results) for key in results[0]}
         row['spread'] = max(r['val_loss'] for r in results) - min(r['val_loss'] for r in results)
@@ -415,8 +434,8 @@ def learning_rows(common):
         row['disk'] /= 1e6
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    if plot_file:
-        draw(curves)
+        if plot_file:
+            draw(curves)
     return rows
 
 
@@ -433,7 +452,11 @@ def draw(curves):
         pyplot.plot(tokens, losses, label=name, linewidth=1)
     pyplot.gca().set(xlabel='tokens', ylabel='training loss (nats a token)', yscale='log')
     pyplot.legend()
-    pyplot.savefig(plot_file, dpi=120)
+    try:
+        pyplot.savefig(plot_file, dpi=120)
+    except OSError as error:
+        print(f'(no {plot_file}: {error})')
+    pyplot.close()
 
 
 def main():
@@ -496,8 +519,8 @@ def main():
     cpu = platform.processor() or platform.machine()
     machine = (torch.cuda.get_device_name(where) if where.startswith('cuda')
                else f'{torch.get_num_threads()} threads of {cpu}')
-    print(f'\n{machine}, torch {torch.__version__}, {kind}{", compiled" if use_compile else ""}, '
-          f'median of {rounds}\n')
+    print(f'\n{machine}, torch {torch.__version__}, {kind}{", compiled" if use_compile and not learn else ""}, '
+          + (f'means over the seeds {seeds}\n' if learn else f'median of {rounds}\n'))
     print_table(rows)
     if json_file:
         numbers = dict(machine=machine, torch=torch.__version__, dtype=kind, rows=rows)

@@ -217,7 +217,8 @@ class SinkAttention(torch.autograd.Function):
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, k, v, y, total, 0.0, bias is None, attn_mask=bias, scale=q.size(-1) ** -0.5)
         share = (sinks[:, None] - total).exp()  # of the sinks in the softmax
-        return dq, dk, dv, -(share * (dy * y).sum(-1)).sum((0, 2)).to(sinks.dtype), None
+        dsinks = -(share * torch.linalg.vecdot(dy.float(), y.float())).sum((0, 2))
+        return dq, dk, dv, dsinks.to(sinks.dtype), None
 
 
 def attention_by_key(q, k, v, sinks, mask, dropout):
@@ -394,7 +395,7 @@ class MoE(nn.Module):
             odds = logits.softmax(-1)
             balance = len(load) * (odds.mean(0) @ (load / load.sum()))
             self.load += load
-            self.entropy += torch.special.entr(odds.detach()).sum()
+            self.entropy += torch.special.entr(odds.detach()).sum().nan_to_num()
         return y.view_as(x), balance
 
 
@@ -528,7 +529,6 @@ class Muon(torch.optim.Optimizer):
     is `pieces` matrices on top of one another, gate and up for instance. A step moves an m x n matrix by lr * max(1,
     m / n)^0.5 in every direction that its gradients point to, the rare ones too.
     """
-    _step_supports_amp_scaling = True  # GradScaler shall leave its found_inf here, as it does for fused AdamW
 
     def __init__(self, groups, lr, momentum, weight_decay):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))

@@ -90,6 +90,7 @@ if settings['init_from'] == 'resume':  # the run's own settings, but for what is
         config.fail(f'{state_file} is damaged ({type(error).__name__}: {error}); start anew from the weights with '
                     f'--init_from={state_file.parent} and another --out_dir')
     kept = settings.keys() - given - {'out_dir', 'init_from', 'overwrite'}
+    remembered.setdefault('muon_lr', 0.0)  # of a run from before there was Muon
     settings |= {key: value for key, value in remembered.items() if key in kept}
 globals().update(settings)
 
@@ -196,8 +197,9 @@ def open_bin(split):
 
 
 def cut_into_rows(tokens):
-    """Starts of rows of block_size that begin with a document's first token, and go on in a longer one: a document that
-    does not end in its row, though another does, has the next row. So documents are seen from their beginnings."""
+    """Starts of rows of block_size that begin at the end of a document, to foretell all of the next, or go on in a longer
+    one: a document that does not end in its row, though another does, has the next row. What is less than a last row
+    stays out."""
     ends = np.append(0, np.flatnonzero(tokens == end_of_text))
     starts = [0]
     while starts[-1] + block_size < len(tokens):
@@ -419,15 +421,14 @@ try:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         # A step whose loss or gradient is not finite must not touch the weights. Fused AdamW and Muon skip it on the
-        # device, by the attribute through which GradScaler tells them the same in float16.
+        # device, by the attribute through which GradScaler would tell them in float16.
         bad = ~(loss.isfinite() & norm.isfinite())
         skipped += bad
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
         for optimizer in optimizers:
-            if not scaler.is_enabled():
-                optimizer.found_inf = bad.float()
+            optimizer.found_inf, optimizer.grad_scale = bad.float(), None
             if device_type != 'mps' or not bad:  # before torch 2.13 MPS ignores found_inf
-                scaler.step(optimizer)
+                optimizer.step()  # not scaler.step, which would let one optimizer move where the other must not
         scaler.update()
         model.zero_grad(set_to_none=True)
         step += 1
