@@ -51,7 +51,7 @@ head_dim = 32
 router_aux_loss_coef = 0.05
 # the optimizers and their schedule
 max_iters = 500  # optimizer steps in the whole run
-learning_rate = 1.2e-2  # AdamW's, at its highest
+learning_rate = 8e-3  # AdamW's, at its highest
 muon_lr = 0.007  # Muon's, on the hidden matrices, at its highest; 0: AdamW has them too
 min_lr = 0.0  # AdamW's at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
