@@ -50,7 +50,7 @@ num_key_value_heads = 2
 head_dim = 32
 router_aux_loss_coef = 0.05
 # the optimizers and their schedule
-max_iters = 500  # optimizer steps in the whole run
+max_iters = 600  # optimizer steps in the whole run
 learning_rate = 8e-3  # AdamW's, at its highest
 muon_lr = 0.007  # Muon's, on the hidden matrices, at its highest; 0: AdamW has them too
 min_lr = 0.0  # AdamW's at the end; Muon's falls in proportion
