@@ -51,13 +51,13 @@ head_dim = 32
 router_aux_loss_coef = 0.05
 # the optimizers and their schedule
 max_iters = 600  # optimizer steps in the whole run
-learning_rate = 1.2e-2  # AdamW's, at its highest
+learning_rate = 8e-3  # AdamW's, at its highest
 muon_lr = 0.007  # Muon's, on the hidden matrices, at its highest; 0: AdamW has them too
 min_lr = 0.0  # AdamW's at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then straight down over the cooldown) or constant
 cooldown = 0.7  # share of the run over which the linear schedule comes down
-weight_decay = 0.0  # on matrices only; 0.1 is usual for long runs
+weight_decay = 0.1  # on matrices only
 beta1 = 0.9  # decay of the mean of the gradients, AdamW's and Muon's
 beta2 = 0.95  # decay of AdamW's mean of the squared gradients
 grad_clip = 1.0  # the gradient's norm is cut to this; 0: never

@@ -25,5 +25,4 @@ initializer_range = 0.02
 batch_size = 1
 block_size = 4096
 learning_rate = 1e-5
-weight_decay = 0.1
 muon_lr = 0.0  # AdamW alone, as is usual for fine-tuning

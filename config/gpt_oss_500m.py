@@ -29,7 +29,6 @@ gradient_accumulation_steps = 16  # half a million tokens a step
 
 max_iters = 19000  # one pass over ten billion tokens
 learning_rate = 2e-3
-weight_decay = 0.1
 warmup_iters = 500
 eval_interval = 500
 eval_iters = 20

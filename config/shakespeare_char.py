@@ -24,7 +24,6 @@ dropout = 0.2
 
 max_iters = 2000  # of nanoGPT's 5000, the most of which it spends on overfitting
 learning_rate = 4e-3
-weight_decay = 0.1
 warmup_iters = 100
 eval_interval = 200
 eval_iters = 0  # the whole validation set

@@ -20,7 +20,7 @@ intermediate_size = 64
 router_aux_loss_coef = 0.05
 
 max_iters = 2000
-learning_rate = 8e-3
-eval_interval = 1000
+weight_decay = 0.0
+eval_interval = 500
 eval_iters = 0  # the whole validation set
 dtype = 'float32'  # matrices this small gain nothing from bf16

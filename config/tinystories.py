@@ -23,7 +23,6 @@ tie_word_embeddings = True
 
 max_iters = 10000
 learning_rate = 4e-3
-weight_decay = 0.1
 warmup_iters = 200
 eval_interval = 500
 eval_iters = 40
