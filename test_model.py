@@ -1154,6 +1154,22 @@ def test_not_finite(tmp_path):
     assert [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()][-1]['skipped'] == 10
 
 
+def test_learn(tmp_path):
+    """--learn trains: far below the first loss; the rows differ where they should; bad flags are refused."""
+    data = make_data(tmp_path)
+    learn = ['bench.py', '--learn', f'--data_dir={data}', *TINY[:5], '--device=cpu', '--warmup_iters=5', '--seeds=1,2',
+             f'--json_file={tmp_path}/learn.json', f'--plot_file={tmp_path}/learn.png']
+    status, out, err = run(*learn, '--max_iters=60', '--works=no sinks', '--grad_clip=0')
+    assert status == 0 and '| no sinks |' in out, err
+    row, = json.loads((tmp_path / 'learn.json').read_text())['rows']
+    assert row['val_loss'] < 2 and 0 < row['spread'] < 1 and 1 <= row['busiest'] < 8
+    assert row['disk'] * 1e6 > 4 * row['active'] and (tmp_path / 'learn.png').stat().st_size > 1000
+    for flag, word in (('--works=x', 'dense GPT-2'), ('--seeds=a', '--seeds'), ('--max_iters=0', 'max_iters'),
+                       ('--block_size=9999', '9999'), ('--num_experts_per_tok=9', 'num_experts_per_tok'),
+                       ('--dtype=float16', 'float16'), (f'--data_dir={tmp_path}', 'meta.json')):
+        refused(run(*learn, flag), word)
+
+
 def test_bench(tmp_path):
     """The figures are there, and those that can be known are right."""
     status, out, err = run('bench.py', '--rounds=1', '--steps=1', '--new_tokens=4', *TINY[:5], '--device=cpu',
