@@ -168,7 +168,7 @@ def rotate(x, cos, sin):
 def attention(q, k, v, sinks, window=None, dropout=0.0):
     """Causal attention with sinks: q (B, T, H, hd), k and v (B, T, KV, hd), sinks (H,) -> (B, T, H, hd).
 
-    A sink is a logit that joins the softmax and takes its share of the weight to no value. A query sees its past, or, of
+    A sink is a logit that joins the softmax and takes its share of the weight to no value. A query sees its past; with
     a window, blocks of `window` queries see the block before theirs and their own: exact, and linear in T.
     """
     B, T, H, hd = q.shape

@@ -197,9 +197,9 @@ def open_bin(split):
 
 
 def cut_into_rows(tokens):
-    """Starts of rows of block_size that begin at the end of a document, to foretell all of the next, or go on in a longer
-    one: a document that does not end in its row, though another does, has the next row. What is less than a last row
-    stays out."""
+    """Starts of rows of block_size that begin at the end of a document, to foretell all of the next, or go on in a
+    longer one: a document that does not end in its row, though another does, has the next row. What is left and less
+    than a row stays out."""
     ends = np.append(0, np.flatnonzero(tokens == end_of_text))
     starts = [0]
     while starts[-1] + block_size < len(tokens):
