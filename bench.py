@@ -241,7 +241,7 @@ def variants(shape):
     """The rows of --learn: what each changes, fields of GPTConfig and settings of train.py."""
     chosen, balances = shape['num_experts_per_tok'], (0.0, 0.003, 0.01, 0.1)
     return {
-        # AdamW's rates are those that served best on shakespeare_char_cpu, of 1.5e-3, 3e-3, 6e-3 and 12e-3
+        # the rates of AdamW alone served best on shakespeare_char_cpu: of 1.5e-3, 3e-3, 6e-3, and 12e-3 for ours
         'ours': {}, 'AdamW': dict(muon_lr=0.0, learning_rate=1.5e-3),
         'dense GPT-2': dict(model='transformers GPT-2', muon_lr=0.0, learning_rate=6e-3),
         'no sinks': dict(sinks=False), **{f'window {size}': dict(sliding_window=size) for size in (8, 32)},
@@ -401,21 +401,27 @@ def learning_rows(common):
     if not meta.exists():
         config.fail(f'{meta} is missing; make the data first, python prepare.py with the same config file')
     shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
-    shape['vocab_size'] = shape['vocab_size'] or json.loads(meta.read_text())['vocab_size']
     keys = 'learning_rate muon_lr beta1 beta2 weight_decay max_iters warmup_iters cooldown grad_clip'.split()
     common |= {key: globals()[key] for key in keys}
     common |= dict(part='learn', batch_size=batch_size, data_dir=data_dir, sinks=True)
     jobs, rows, curves = {}, [], {}
     try:
+        meta = json.loads(meta.read_text())
+        shape['vocab_size'] = shape['vocab_size'] or meta['vocab_size']
+        shortest = min(meta['train_tokens'], meta['val_tokens'])
         GPTConfig(**shape)
         for name, change in variants(shape).items():
             jobs[name] = common | change | dict(shape=shape | {key: change[key] for key in change if key in shape})
             GPTConfig(**jobs[name]['shape'])
         numbers = [config.convert('--seeds', number, 'int') for number in seeds.split(',')]
-        sizes = [Path(data_dir, f'{split}.bin').stat().st_size for split in ('train', 'val')]
+        missing = [split for split in ('train', 'val') if not Path(data_dir, f'{split}.bin').exists()]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        config.fail(f'{data_dir}/meta.json is not what prepare.py writes ({type(error).__name__}: {error})')
     except (ValueError, OSError) as error:
         config.fail(error)
-    if min(sizes) <= (block_size + 1) * 4 or max_iters < 1:
+    if missing:
+        config.fail(f'{data_dir}/{missing[0]}.bin is missing; prepare again')
+    if shortest <= block_size + 1 or max_iters < 1:
         config.fail(f'--learn wants max_iters of at least 1, and more data than one block ({block_size} tokens)')
     if common['dtype'] == 'float16':
         config.fail('--learn does not scale its loss, as float16 needs; take --dtype=float32 or bfloat16')

@@ -197,7 +197,7 @@ class SinkAttention(torch.autograd.Function):
 
     PyTorch's flash kernel for CPUs also tells the logarithm of every softmax's denominator, which the sink then joins.
     The sink's value is zero, so the kernel's own backward, told the outputs and denominators with the sink, has the
-    gradients of q, k and v. Takes 0.5 of the time of a further key.
+    gradients of q, k and v. A training step on CPU takes 0.93 of the time that it takes with attention_by_key.
     """
 
     @staticmethod
@@ -540,7 +540,10 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             grads, beta = [p.grad for p in params], group['momentum']
-            buffers = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+            buffers = [self.state[p]['momentum'] for p in params]
             lr = group['lr']
             if getattr(self, 'found_inf', None) is not None:  # then nothing moves, and the host need not know
                 lr = lr * (1 - self.found_inf)
