@@ -552,7 +552,7 @@ class Muon(torch.optim.Optimizer):
             ahead = torch.stack(torch._foreach_lerp(grads, buffers, beta))  # Nesterov's momentum
             matrices = ahead.view(-1, ahead.size(-2) // group['pieces'], ahead.size(-1))
             size = lr * max(1, matrices.size(1) / matrices.size(2)) ** 0.5
-            update = (orthogonalize(matrices) * size).reshape(ahead.shape)
+            update = orthogonalize(matrices).mul_(size).reshape(ahead.shape)
             if group['weight_decay']:
                 torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
             torch._foreach_sub_(params, update.unbind())
@@ -566,9 +566,12 @@ def orthogonalize(x):
     kind, tall = x.dtype, x.size(1) > x.size(2)
     x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    spare = torch.empty_like(x)  # in turn with x, for new memory takes as long as the product
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        gram.diagonal(dim1=1, dim2=2).add_(3.4445)
+        x, spare = torch.bmm(gram, x, out=spare), x
     return (x.mT if tall else x).to(kind)
 
 
