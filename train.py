@@ -420,15 +420,17 @@ try:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        # A step whose loss or gradient is not finite must not touch the weights. Fused AdamW and Muon skip it on the
-        # device, by the attribute through which GradScaler would tell them in float16.
+        # A step whose loss or gradient is not finite must not touch the weights, and with float16's scaling no optimizer
+        # may move where another does not, as by scaler.step. On CUDA fused AdamW and Muon skip it on the device, by the
+        # attribute through which GradScaler tells them, so that no step waits.
         bad = ~(loss.isfinite() & norm.isfinite())
         skipped += bad
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
         for optimizer in optimizers:
-            optimizer.found_inf, optimizer.grad_scale = bad.float(), None
-            if device_type != 'mps' or not bad:  # before torch 2.13 MPS ignores found_inf
-                optimizer.step()  # not scaler.step, which would let one optimizer move where the other must not
+            if device_type == 'cuda':
+                optimizer.found_inf, optimizer.grad_scale = bad.float(), None
+            if device_type == 'cuda' or not bad:
+                optimizer.step()
         scaler.update()
         model.zero_grad(set_to_none=True)
         step += 1
