@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LinearCrossEntropy
 
 # -----------------------------------------------------------------------------
 rounds = 3  # processes whose median is taken
@@ -116,7 +116,7 @@ def peak_flops(device, dtype):
 def build(job):
     """The model of a job: ours, or a peer of the same shape from transformers. All give (logits or None, loss)."""
     shape = job['shape']
-    torch.manual_seed(0)
+    torch.manual_seed(job.get('seed', 0))
     if job['model'].startswith('ours'):
         return GPT(GPTConfig(**shape))
     if job['model'] == 'transformers GptOss':
@@ -255,7 +255,7 @@ def measure_prepare(job):
 
 def variants(shape):
     """The rows of --learn: what each changes, fields of GPTConfig and settings of train.py."""
-    chosen, balances = shape['num_experts_per_tok'], (0.0, 0.003, 0.01, 0.1)
+    chosen, balances = shape['num_experts_per_tok'], (0.0, 0.01, 0.05, 0.3)
     return {
         # the rates of AdamW alone served best on shakespeare_char_cpu: of 1.5e-3, 3e-3, 6e-3, and 12e-3 for ours
         'ours': {}, 'AdamW': dict(muon_lr=0.0, learning_rate=1.5e-3),
@@ -266,7 +266,8 @@ def variants(shape):
         # as wide as the chosen ones together, so that a token meets as many parameters
         '1 expert': dict(num_local_experts=1, num_experts_per_tok=1,
                          intermediate_size=chosen * shape['intermediate_size']),
-        **{f'balance {weight}': dict(router_aux_loss_coef=weight) for weight in balances}}
+        **{f'balance {weight}': dict(router_aux_loss_coef=weight) for weight in balances
+           if weight != shape['router_aux_loss_coef']}}
 
 
 def measure_learning(job):
@@ -277,6 +278,8 @@ def measure_learning(job):
     """
     import tempfile
     import numpy as np
+    if importlib.util.find_spec('transformers'):
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401, in every process, for it counts as memory
     device, dtype, shape = job['device'], getattr(torch, job['dtype']), job['shape']
     B, T, ours, job['new_tokens'] = job['batch_size'], job['block_size'], job['model'] == 'ours', 0
     if not ours:  # of the width that has our number of active parameters
@@ -285,7 +288,6 @@ def measure_learning(job):
             active, heads = GPT(GPTConfig(**shape)).num_parameters(active=True), shape['num_attention_heads']
             width = min(range(heads, 4 * shape['hidden_size'], heads), key=lambda width: abs(size(width) - active))
         job = job | dict(shape=shape | dict(hidden_size=width))
-    torch.manual_seed(job['seed'])
     model = build(job).to(device)
     if not job['sinks']:
         for layer in model.model.layers:
@@ -294,7 +296,9 @@ def measure_learning(job):
     if ours:
         optimizers = model.configure_optimizers(*rates, (job['beta1'], job['beta2']), job['weight_decay'])
     else:
-        optimizers = [torch.optim.AdamW(model.parameters(), betas=(job['beta1'], job['beta2']), fused=True,
+        matrices, rest = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+        groups = [dict(params=matrices), dict(params=rest, weight_decay=0.0)]
+        optimizers = [torch.optim.AdamW(groups, betas=(job['beta1'], job['beta2']), fused=True,
                                         weight_decay=job['weight_decay'])]
     meta = json.loads(Path(job['data_dir'], 'meta.json').read_text())
     tokens = {split: np.memmap(Path(job['data_dir'], f'{split}.bin'), meta['dtype'], 'r') for split in ('train', 'val')}
@@ -304,9 +308,11 @@ def measure_learning(job):
         x, y = (part.to(device) for part in (torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])))
         with torch.autocast(device.partition(':')[0], dtype, enabled=dtype != torch.float32):
             if ours:
-                return model(x, y, return_logits=False)[1]
+                hidden, balance = model.hidden_states(x)
+                loss = LinearCrossEntropy.apply(hidden.flatten(0, 1), model.lm_head.weight, y.flatten(), model.training)
+                return loss, model.config.router_aux_loss_coef * balance if model.training else None
             logits = model(x, use_cache=False).logits.flatten(0, 1).float()
-            return torch.nn.functional.cross_entropy(logits, y.flatten())
+            return torch.nn.functional.cross_entropy(logits, y.flatten()), 0.0
 
     model.train()
     rng, losses, seconds = np.random.default_rng(job['seed']), [], 0.0
@@ -317,8 +323,8 @@ def measure_learning(job):
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
                 group['lr'] = rate * share
-        loss = loss_of('train', rng.integers(len(tokens['train']) - T, size=B))
-        loss.backward()
+        loss, balancing = loss_of('train', rng.integers(len(tokens['train']) - T, size=B))
+        (loss + balancing).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), job['grad_clip'] or math.inf)
         for optimizer in optimizers:
             optimizer.step()
@@ -334,7 +340,7 @@ def measure_learning(job):
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         starts = T * np.arange((len(tokens['val']) - 1) // T)  # all of the validation tokens
         batches = np.split(starts, range(B, len(starts), B))
-        result['val_loss'] = sum(loss_of('val', batch).item() * len(batch) for batch in batches) / len(starts)
+        result['val_loss'] = sum(loss_of('val', batch)[0].item() * len(batch) for batch in batches) / len(starts)
         model.save_pretrained(folder)
         result['disk'] = sum(file.stat().st_size for file in Path(folder).glob('*.safetensors'))
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=device)

@@ -523,11 +523,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon, momentum with its singular values set to 1: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+    """Muon, momentum whose singular values become about 1: Jordan et al., https://kellerjordan.github.io/posts/muon
 
     A group holds parameters of one shape (..., m, n): leading dimensions count matrices, experts for instance, and each
     is `pieces` matrices on top of one another, gate and up for instance. A step moves an m x n matrix by lr * max(1,
-    m / n)^0.5 in every direction that its gradients point to, the rare ones too.
+    m / n)^0.5 in every direction that its gradients point to, the rare ones too. One that never had a gradient, an
+    expert without tokens for instance, stays; one that has none any more goes on as its momentum points.
     """
 
     def __init__(self, groups, lr, momentum, weight_decay):
@@ -560,10 +561,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x, dtype):
-    """The nearest orthogonal matrices to x (batch, m, n), roughly: singular values come out between 0.4 and 1.6.
+    """The nearest orthogonal matrices to x (batch, m, n), roughly: of singular values above a thousandth of the norm
+    come such between 0.4 and 1.6. Zero stays zero.
 
-    Four Newton-Schulz iterations in this dtype, with the coefficients of the Polar Express, arXiv:2505.16932, for values
-    up to 1.02, without which bf16 diverges. They learn as much as five with Jordan's. Zero stays zero.
+    Four Newton-Schulz iterations in this dtype, with the coefficients of the Polar Express, arXiv:2505.16932, for
+    values up to 1.02: with those for 1 bf16 diverges.
     """
     kind, tall = x.dtype, x.size(1) > x.size(2)
     x = (x.mT if tall else x).to(dtype)

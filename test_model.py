@@ -508,19 +508,25 @@ def test_muon_holds_still():
     model, idx = make(), torch.randint(97, (2, 40))
     for layer in model.model.layers:
         layer.mlp.router.bias.data = torch.tensor([100.0, 100, 0, 0, 0])  # the first two get everything
-    muon = model.configure_optimizers(1e-3, 0.05, (0.9, 0.95), 0.0)[1]
+    adamw, muon = model.configure_optimizers(1e-3, 0.05, (0.9, 0.95), 0.0)
     experts = model.model.layers[0].mlp.experts.down_weight
     before = experts.detach().clone()
     model(idx, idx)[1].backward()
     assert not any(p.grad[2:].any() for p in model.model.layers[0].mlp.experts.parameters())
     muon.step()
     assert torch.equal(experts[2:], before[2:]) and not torch.equal(experts[:2], before[:2])
-    kept = [(p.clone(), muon.state[p]['momentum'].clone()) for p in model.parameters() if p in muon.state]
-    experts.grad[0, 0, 0] = math.nan
-    muon.found_inf = torch.ones(())
-    muon.step()
-    for (p, momentum), now in zip(kept, [p for p in model.parameters() if p in muon.state]):
-        assert torch.equal(p, now) and torch.equal(momentum, muon.state[now]['momentum'])
+    adamw.step()
+    kept = [(p, p.clone(), [value.clone() for value in optimizer.state[p].values()])
+            for optimizer in (adamw, muon) for p in optimizer.state]
+    assert len(kept) == len(list(model.parameters()))
+    for p in model.parameters():
+        p.grad.view(-1)[0] = math.nan
+    for optimizer in (adamw, muon):
+        optimizer.found_inf, optimizer.grad_scale = torch.ones(()), None
+        optimizer.step()
+        for p, before, state in kept:
+            if p in optimizer.state:
+                assert torch.equal(p, before) and all(map(torch.equal, optimizer.state[p].values(), state))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -529,7 +535,7 @@ def test_orthogonalize(shape, dtype):
     """The singular vectors stay, the singular values come near 1, those of rank 1 too; zero stays zero."""
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.tensor([1e-4, 1, 1e4, 1])[:shape[0], None, None]
-    x[0] = x[0, :, :1] @ x[0, :1]
+    x[1] = x[1, :, :1] @ x[1, :1]
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     values = u.mT @ model.orthogonalize(x, dtype) @ vh.mT
     diagonal = values.diagonal(dim1=1, dim2=2)

@@ -52,7 +52,7 @@ router_aux_loss_coef = 0.05
 # the optimizers and their schedule
 max_iters = 600  # optimizer steps in the whole run
 learning_rate = 8e-3  # AdamW's, at its highest
-muon_lr = 0.007  # Muon's, on the hidden matrices, at its highest; 0: AdamW has them too
+muon_lr = 0.007  # Muon's, on the layers' matrices, at its highest; 0: AdamW has them too
 min_lr = 0.0  # AdamW's at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then straight down over the cooldown) or constant
@@ -420,9 +420,9 @@ try:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        # A step whose loss or gradient is not finite must not touch the weights, and with float16's scaling no optimizer
-        # may move where another does not, as by scaler.step. On CUDA fused AdamW and Muon skip it on the device, by the
-        # attribute through which GradScaler tells them, so that no step waits.
+        # A step whose loss or gradient is not finite must not touch the weights, and with float16's scaling no
+        # optimizer may move where another does not, as by scaler.step. On CUDA fused AdamW and Muon skip it on the
+        # device, by the attribute through which GradScaler tells them, so that no step waits.
         bad = ~(loss.isfinite() & norm.isfinite())
         skipped += bad
         skipped_in_a_row = (skipped_in_a_row + bad) * bad
