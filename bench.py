@@ -56,7 +56,10 @@ PEAK_FLOPS = {
 
 
 def pick_device(device, dtype):
-    """The torch device and the name of the dtype to compute in, where they were left to us ('auto')."""
+    """The torch device and the name of the dtype to compute in, where they were left to us ('auto').
+
+    On a CPU malloc is told, from here on, to keep freed memory.
+    """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
@@ -257,7 +260,7 @@ def variants(shape):
     """The rows of --learn: what each changes, fields of GPTConfig and settings of train.py."""
     chosen, balances = shape['num_experts_per_tok'], (0.0, 0.01, 0.05, 0.3)
     return {
-        # the rates of AdamW alone served best on shakespeare_char_cpu: of 1.5e-3, 3e-3, 6e-3, and 12e-3 for ours
+        # these two rates served best on shakespeare_char_cpu, of 1.5e-3, 3e-3, 6e-3 and 12e-3, for GPT-2 up to 6e-3
         'ours': {}, 'AdamW': dict(muon_lr=0.0, learning_rate=1.5e-3),
         'dense GPT-2': dict(model='transformers GPT-2', muon_lr=0.0, learning_rate=6e-3),
         'no sinks': dict(sinks=False), **{f'window {size}': dict(sliding_window=size) for size in (8, 32)},
@@ -419,31 +422,34 @@ def print_table(rows):
 
 def learning_rows(common):
     """A row for each chosen variant: means over the seeds, and the validation losses' spread, highest - lowest."""
-    meta = Path(data_dir, 'meta.json')
-    if not meta.exists():
-        config.fail(f'{meta} is missing; make the data first, python prepare.py with the same config file')
+    meta_file = Path(data_dir, 'meta.json')
+    if not meta_file.exists():
+        config.fail(f'{meta_file} is missing; make the data first, python prepare.py with the same config file')
     shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
     keys = 'learning_rate muon_lr beta1 beta2 weight_decay max_iters warmup_iters cooldown grad_clip'.split()
     common |= {key: globals()[key] for key in keys}
     common |= dict(part='learn', batch_size=batch_size, data_dir=data_dir, sinks=True)
     jobs, rows, curves = {}, [], {}
     try:
-        meta = json.loads(meta.read_text())
+        meta = json.loads(meta_file.read_text())
         shape['vocab_size'] = shape['vocab_size'] or meta['vocab_size']
-        shortest = min(meta['train_tokens'], meta['val_tokens'])
+        tokens, itemsize = [meta['train_tokens'], meta['val_tokens']], dict(uint16=2, uint32=4)[meta['dtype']]
+        too_few = min(tokens) <= block_size + 1
         GPTConfig(**shape)
         for name, change in variants(shape).items():
             jobs[name] = common | change | dict(shape=shape | {key: change[key] for key in change if key in shape})
             GPTConfig(**jobs[name]['shape'])
         numbers = [config.convert('--seeds', number, 'int') for number in seeds.split(',')]
-        missing = [split for split in ('train', 'val') if not Path(data_dir, f'{split}.bin').exists()]
+        bins = [Path(data_dir, f'{split}.bin') for split in ('train', 'val')]
+        damaged = [path for path, number in zip(bins, tokens)
+                   if not path.exists() or path.stat().st_size != number * itemsize]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        config.fail(f'{data_dir}/meta.json is not what prepare.py writes ({type(error).__name__}: {error})')
+        config.fail(f'{meta_file} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
     except (ValueError, OSError) as error:
         config.fail(error)
-    if missing:
-        config.fail(f'{data_dir}/{missing[0]}.bin is missing; prepare again')
-    if shortest <= block_size + 1 or max_iters < 1:
+    if damaged:
+        config.fail(f'{damaged[0]} is missing or not of the size that meta.json tells; prepare again')
+    if too_few or max_iters < 1:
         config.fail(f'--learn wants max_iters of at least 1, and more data than one block ({block_size} tokens)')
     if common['dtype'] == 'float16':
         config.fail('--learn does not scale its loss, as float16 needs; take --dtype=float32 or bfloat16')

@@ -1181,6 +1181,21 @@ def test_learn(tmp_path):
                        ('--block_size=9999', '9999'), ('--num_experts_per_tok=9', 'num_experts_per_tok'),
                        ('--dtype=float16', 'float16'), (f'--data_dir={tmp_path}', 'meta.json')):
         refused(run(*learn, flag), word)
+    meta, val = (data / name for name in ('meta.json', 'val.bin'))
+    whole = meta.read_text()
+    for broken in ('', '[]', '{}', whole.replace('uint16', 'uint7'), whole.replace('"val_tokens": ', 'val_tokens', 'x')):
+        meta.write_text(broken)
+        refused(run(*learn), 'meta.json')
+    meta.write_text(whole)
+    val.write_bytes(b'')
+    refused(run(*learn), 'val.bin')
+
+
+def test_seeds_differ_in_weights():
+    import bench
+    job = dict(model='ours', shape=SMALL)
+    first, again, other = (bench.build(job | dict(seed=seed)).lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_bench(tmp_path):

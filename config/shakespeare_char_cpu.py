@@ -17,10 +17,10 @@ block_size = 64
 num_hidden_layers = 3  # 477 thousand active parameters; nanoGPT's dense model has 804 thousand in 4 layers of 128
 hidden_size = 192
 intermediate_size = 64
-router_aux_loss_coef = 0.1
+router_aux_loss_coef = 0.1  # 0.01 learns less, the busiest expert at 1.6 times an equal share
 
 max_iters = 2000
-weight_decay = 0.0
+weight_decay = 0.0  # in one and a half epochs there is nothing to forget
 eval_interval = 1000
 eval_iters = 0  # the whole validation set
 dtype = 'float32'  # matrices this small gain nothing from bf16
