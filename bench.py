@@ -273,6 +273,27 @@ def variants(shape):
            if weight != shape['router_aux_loss_coef']}}
 
 
+def build_learner(job):
+    """The model of a row of --learn on the job's device, its optimizers and their highest rates."""
+    shape, ours, rates = job['shape'], job['model'] == 'ours', [job['learning_rate'], job['muon_lr']]
+    if not ours:  # of the width that has our number of active parameters
+        size = lambda width: build(job | dict(shape=shape | dict(hidden_size=width))).num_parameters()
+        with torch.device('meta'):
+            active, heads = GPT(GPTConfig(**shape)).num_parameters(active=True), shape['num_attention_heads']
+            width = min(range(heads, 4 * shape['hidden_size'], heads), key=lambda width: abs(size(width) - active))
+        job = job | dict(shape=shape | dict(hidden_size=width))
+    model = build(job).to(job['device'])
+    if not job['sinks']:
+        for layer in model.model.layers:
+            torch.nn.init.constant_(layer.self_attn.sinks, -1e4)  # no share in the softmax, and so no gradient
+    betas = job['beta1'], job['beta2']
+    if ours:
+        return model, model.configure_optimizers(*rates, betas, job['weight_decay']), rates
+    matrices, rest = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+    groups = [dict(params=matrices), dict(params=rest, weight_decay=0.0)]
+    return model, [torch.optim.AdamW(groups, betas=betas, weight_decay=job['weight_decay'], fused=True)], rates
+
+
 def measure_learning(job):
     """Train a model on the data of a job, and return what it learned and what that took.
 
@@ -283,26 +304,9 @@ def measure_learning(job):
     import numpy as np
     if importlib.util.find_spec('transformers'):
         import transformers.models.gpt2.modeling_gpt2  # noqa: F401, in every process, for it counts as memory
-    device, dtype, shape = job['device'], getattr(torch, job['dtype']), job['shape']
-    B, T, ours, job['new_tokens'] = job['batch_size'], job['block_size'], job['model'] == 'ours', 0
-    if not ours:  # of the width that has our number of active parameters
-        size = lambda width: build(job | dict(shape=shape | dict(hidden_size=width))).num_parameters()
-        with torch.device('meta'):
-            active, heads = GPT(GPTConfig(**shape)).num_parameters(active=True), shape['num_attention_heads']
-            width = min(range(heads, 4 * shape['hidden_size'], heads), key=lambda width: abs(size(width) - active))
-        job = job | dict(shape=shape | dict(hidden_size=width))
-    model = build(job).to(device)
-    if not job['sinks']:
-        for layer in model.model.layers:
-            torch.nn.init.constant_(layer.self_attn.sinks, -1e4)  # no share in the softmax, and so no gradient
-    rates = [job['learning_rate'], job['muon_lr']]
-    if ours:
-        optimizers = model.configure_optimizers(*rates, (job['beta1'], job['beta2']), job['weight_decay'])
-    else:
-        matrices, rest = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-        groups = [dict(params=matrices), dict(params=rest, weight_decay=0.0)]
-        optimizers = [torch.optim.AdamW(groups, betas=(job['beta1'], job['beta2']), fused=True,
-                                        weight_decay=job['weight_decay'])]
+    device, dtype, ours = job['device'], getattr(torch, job['dtype']), job['model'] == 'ours'
+    B, T, job['new_tokens'] = job['batch_size'], job['block_size'], 0
+    model, optimizers, rates = build_learner(job)
     meta = json.loads(Path(job['data_dir'], 'meta.json').read_text())
     tokens = {split: np.memmap(Path(job['data_dir'], f'{split}.bin'), meta['dtype'], 'r') for split in ('train', 'val')}
 
