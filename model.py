@@ -11,6 +11,7 @@ Sources:
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -254,7 +255,8 @@ def swiglu(gate_up, limit):
 
 def grouped_mm_fits(x, w):
     """Whether F.grouped_mm takes rows x (N, D) and weights w (E, out, in): it wants bf16 and multiples of 16 bytes."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and w.size(1) % 8 == w.size(2) % 8 == 0
+    return (x.is_cuda and x.dtype == torch.bfloat16 and not isinstance(w, MXFP4)
+            and w.size(1) % 8 == w.size(2) % 8 == 0)
 
 
 class ExpertByExpert(torch.autograd.Function):
@@ -272,39 +274,46 @@ class ExpertByExpert(torch.autograd.Function):
         out = grouped_linear(swiglu(gate_up, limit), w2, b2, counts)
         y = torch.zeros_like(x).index_add_(0, token, out.mul_(share[:, None]))
         if needs_grad:
-            ctx.save_for_backward(x, share, token, w1, b1, w2, b2, gate_up)
-            ctx.counts, ctx.limit = counts, limit
+            ctx.save_for_backward(x, share, token, gate_up, b1, b2, *(w for w in (w1, w2) if not isinstance(w, MXFP4)))
+            ctx.packed, ctx.counts, ctx.limit = [w for w in (w1, w2) if isinstance(w, MXFP4)], counts, limit
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, share, token, w1, b1, w2, b2, gate_up = ctx.saved_tensors
+        x, share, token, gate_up, b1, b2, *weights = ctx.saved_tensors
+        w1, w2 = weights or ctx.packed
         d, rows = dy.index_select(0, token), x.index_select(0, token)
         with torch.enable_grad():
             hidden = swiglu(gate_up.requires_grad_(), ctx.limit)
-        dhidden = grouped_linear(d, w2.mT, None, ctx.counts)  # but for the share
-        dshare = torch.linalg.vecdot(dhidden, hidden.detach()) + grouped_linear(d, b2[:, None], None, ctx.counts)[:, 0]
+        dhidden = grouped_linear(d, w2, None, ctx.counts, back=True)  # but for the share
+        dshare = torch.linalg.vecdot(dhidden, hidden.detach())
+        dshare += grouped_linear(d, b2[:, None], None, ctx.counts)[:, 0]
         dgate_up, = torch.autograd.grad(hidden, gate_up, dhidden.mul_(share[:, None]))
         d.mul_(share[:, None])
-        dw1, db1, dw2, db2 = (torch.empty_like(p, dtype=x.dtype) for p in (w1, b1, w2, b2))
-        for dw, db, douts, inputs in ((dw1, db1, dgate_up, rows), (dw2, db2, d, hidden.detach())):
-            for e, (dout, xe) in enumerate(zip(douts.split(ctx.counts), inputs.split(ctx.counts))):
-                torch.mm(dout.T, xe, out=dw[e])
-                torch.sum(dout, 0, out=db[e])
-        dx = torch.zeros_like(x).index_add_(0, token, grouped_linear(dgate_up, w1.mT, None, ctx.counts))
-        gradients = (gradient.to(p.dtype) for gradient, p in zip((dw1, db1, dw2, db2), (w1, b1, w2, b2)))
+        gradients = [torch.empty_like(p, dtype=x.dtype) if needed else None  # None: frozen
+                     for p, needed in zip((w1, b1, w2, b2), ctx.needs_input_grad[4:8])]
+        for (dw, db), dout, inputs in ((gradients[:2], dgate_up, rows), (gradients[2:], d, hidden.detach())):
+            for e, (dout_e, inputs_e) in enumerate(zip(dout.split(ctx.counts), inputs.split(ctx.counts))):
+                if dw is not None:
+                    torch.mm(dout_e.T, inputs_e, out=dw[e])
+                if db is not None:
+                    torch.sum(dout_e, 0, out=db[e])
+        gradients = [g if g is None else g.to(p.dtype) for g, p in zip(gradients, (w1, b1, w2, b2))]
+        dx = torch.zeros_like(x).index_add_(0, token, grouped_linear(dgate_up, w1, None, ctx.counts, back=True))
         return dx, dshare, None, None, *gradients, None, None
 
 
-def grouped_linear(x, w, b, counts):
-    """Rows x (M, D), sorted by expert, through w (E, out, D) and b (E, out) or None; counts of rows -> (M, out)."""
-    y = x.new_empty(len(x), w.size(1))
+def grouped_linear(x, w, b, counts, back=False):
+    """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) or None; counts of rows -> (M, out).
+    With back, rows (M, out) through the transposed matrices -> (M, in), as gradients go."""
+    y = x.new_empty(len(x), w.size(2 if back else 1))
     for e, (xe, ye) in enumerate(zip(x.split(counts), y.split(counts))):
+        we = w[e].to(x.dtype)
         if b is None:
-            torch.mm(xe, w[e].to(x.dtype).T, out=ye)
+            torch.mm(xe, we if back else we.T, out=ye)
         else:
-            torch.addmm(b[e].to(x.dtype), xe, w[e].to(x.dtype).T, out=ye)
+            torch.addmm(b[e].to(x.dtype), xe, we.T, out=ye)
     return y
 
 
@@ -347,7 +356,7 @@ class Experts(nn.Module):
             hidden = swiglu(product(x[:, None, None], w1) + b1.unsqueeze(2), self.limit)  # (N, k, 1, I)
             outputs = product(hidden, w2).squeeze(2) + b2  # (N, k, D)
             return (outputs * share.to(kind)[:, :, None]).sum(1), None
-        if not self.training and not x.is_cuda and len(x) <= 8:
+        if not self.training and (not x.is_cuda or isinstance(w1, MXFP4)) and len(x) <= 8:
             # decoding, eager: row by row, for on CPU products of 2 to 8 rows take 1.5 times as long as one at a time
             ids, rows = chosen.flatten().tolist(), x.repeat_interleave(chosen.size(1), dim=0).split(1)
             hidden = [F.linear(r, w1[e].to(kind), b1[e].to(kind)) for r, e in zip(rows, ids)]
@@ -726,9 +735,10 @@ class GPT(nn.Module):
 
     def num_parameters(self, active=False):
         """All parameters, or those that one token meets."""
-        experts = sum(p.numel() for layer in self.model.layers for p in layer.mlp.experts.parameters())
+        sizes = {name: place.shape.numel() for name, place in self.places().items()}
+        experts = sum(size for name, size in sizes.items() if '.experts.' in name)
         unused = 1 - self.config.num_experts_per_tok / self.config.num_local_experts if active else 0
-        return sum(p.numel() for p in self.parameters()) - round(experts * unused)
+        return sum(sizes.values()) - round(experts * unused)
 
     def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay):
         """[AdamW, Muon]: Muon moves the matrices of the layers (q, k, v, o, router, gate, up, down), AdamW all else.
@@ -749,65 +759,184 @@ class GPT(nn.Module):
             optimizers.append(Muon(groups, muon_lr, betas[0], weight_decay))
         return optimizers
 
-    @classmethod
-    def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', **overrides):
-        """Load a folder, or a Hugging Face hub id, into parameters of this dtype on this device.
+    def places(self):
+        """{name: parameter} of all that a checkpoint holds; {name: MXFP4} where that is how the experts are kept."""
+        packed = {name: module for name, module in self.named_modules() if isinstance(module, MXFP4)}
+        return dict(self.named_parameters()) | packed
 
-        Reads Hugging Face's layout, in bf16, fp32 or MXFP4, and OpenAI's original/. A load-balancing coefficient that
-        the checkpoint holds but leaves switched off (output_router_logits false; published: 0.9) stays off. Overrides
-        are fields of GPTConfig that are to differ, dropout for instance. Raises ValueError for what it cannot load.
+    def pack_experts(self):
+        """Keep the experts' matrices in MXFP4 from now on, at four bits a value. They train no more."""
+        for layer in self.model.layers:
+            for key in ('gate_up_weight', 'down_weight'):
+                p = getattr(layer.mlp.experts, key)
+                packed = MXFP4.empty(*p.shape, device=p.device)
+                if not p.is_meta:
+                    fill(packed, p)
+                delattr(layer.mlp.experts, key)
+                setattr(layer.mlp.experts, key, packed)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None, **overrides):
+        """Load a folder, or a Hugging Face hub id, into parameters of this dtype on this device, tensor by tensor.
+
+        Reads Hugging Face's layout, in bf16, fp16, fp32 or MXFP4, and OpenAI's original/. experts='mxfp4' keeps the
+        experts' matrices at four bits a value (rounded to that, if the files have more) and cannot train them. A load-
+        balancing coefficient that the checkpoint holds but leaves switched off (output_router_logits false; published:
+        0.9) stays off. Overrides are fields of GPTConfig that are to differ, dropout for instance. Raises ValueError
+        for what it cannot load, with the names of all tensors that do not fit.
         """
+        if experts not in (None, 'mxfp4'):
+            raise ValueError(f"experts is {experts!r}; it takes 'mxfp4', or None for the parameters' dtype")
         folder = find_checkpoint(path)
         if 'dropout' in overrides:
             overrides.setdefault('attention_dropout', None)
         config = replace(read_config(folder / 'config.json'), **overrides)
         with torch.device('meta'):
             model = cls(config)
-        # copied, for tensors in the file are not aligned, and products of such are slower and round otherwise
-        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in read_tensors(folder, config)}
-        embedding = state.get('model.embed_tokens.weight')
-        if config.tie_word_embeddings and embedding is not None:
-            if not torch.equal(state.setdefault('lm_head.weight', embedding), embedding):
-                raise ValueError(f'{folder} has a head of its own, so tie_word_embeddings cannot be True')
-        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if wrong := sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name)):
-            raise ValueError(f'{folder} does not fit the config: {wrong[0]} is {found.get(wrong[0], "missing")}, '
-                             f'expected {expected.get(wrong[0], "no such tensor")} ({len(wrong)} tensors differ)')
-        model.load_state_dict(state, assign=True)
+            if experts:
+                model.pack_experts()
+        for p in model.parameters():
+            p.data = p.data.to(dtype)
+        model.to_empty(device=device)
+        for layer in model.model.layers:  # counters, which no checkpoint has
+            layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
+        places, wrong = model.places(), []
+        missing = set(places)
+        for name, tensor in read_tensors(folder, config):
+            expected = tuple(places[name].shape) if name in places else 'no such tensor'
+            if tuple(tensor.shape) == expected:
+                fill(places[name], tensor, interleaved='.gate_up_' in name)
+            else:
+                wrong.append(f'{name} is {tuple(tensor.shape)}, expected {expected}')
+            missing.discard(name)
         if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        for layer in model.model.layers:  # not in a checkpoint, so still on the meta device
-            layer.mlp.load, layer.mlp.entropy = (torch.zeros_like(buffer, device=device)
-                                                 for buffer in (layer.mlp.load, layer.mlp.entropy))
+            head, model.lm_head.weight = model.lm_head.weight, model.model.embed_tokens.weight
+            if 'lm_head.weight' not in missing and not torch.equal(head, model.lm_head.weight):
+                raise ValueError(f'{folder} has a head of its own, so tie_word_embeddings cannot be True')
+            missing.discard('lm_head.weight')
+        wrong += [f'{name} is missing' for name in sorted(missing)]
+        if wrong:
+            raise ValueError(f'{folder} does not fit the config: {"; ".join(wrong)}')
         return model
 
-    def save_pretrained(self, path):
-        """Write config.json and model.safetensors in Hugging Face's layout, for transformers' GptOssForCausalLM too."""
+    def save_pretrained(self, path, dtype=None, experts=None, portable=True, shard_size=5e9):
+        """Write config.json and safetensors in Hugging Face's layout, for transformers' GptOssForCausalLM and others.
+
+        In dtype, or None for the parameters' own; with experts='mxfp4' the experts' matrices at four bits a value, as
+        published. What exceeds shard_size bytes is divided into files with an index. Raises ValueError for a model
+        that the format cannot express, unless portable is False: then only from_pretrained reads it.
+        """
         from safetensors.torch import save_file
-        folder = Path(path)
+        if experts not in (None, 'mxfp4'):
+            raise ValueError(f"experts is {experts!r}; it takes 'mxfp4', or None for the parameters' dtype")
+        if portable and self.config.qk_norm:
+            raise ValueError('qk_norm is not in the format of gpt-oss: others would load the rest and be silently wrong')
+        folder, shard, where = Path(path), {}, {}
+        dtype = dtype or self.lm_head.weight.dtype
         folder.mkdir(parents=True, exist_ok=True)
-        state = dict(self.state_dict())
-        if self.config.tie_word_embeddings:
-            del state['lm_head.weight']
-        # the inverse of read_tensors: gates and ups interleaved again, and (E, out, in) -> (E, in, out)
-        for name in [name for name in state if '.experts.' in name]:
-            tensor = state.pop(name)
-            if 'gate_up' in name:
-                tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-            tensor = tensor.mT if name.endswith('weight') else tensor
-            state[name.replace('_weight', '_proj').replace('_bias', '_proj_bias')] = tensor
-        state = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(state, folder / 'model.safetensors', {'format': 'pt'})
+        for old in folder.glob('model*.safetensors*'):
+            old.unlink()
+
+        def write():
+            number = len(set(where.values())) + 1
+            save_file(shard, folder / f'model-{number:05}.safetensors', {'format': 'pt'})
+            where.update(dict.fromkeys(shard, number))
+            shard.clear()
+
+        size = total = 0
+        for name, place in self.places().items():
+            tensors = published(name, place, dtype, experts)
+            more = sum(tensor.nbytes for tensor in tensors.values())
+            if shard and size + more > shard_size:
+                write()
+                size = 0
+            shard |= tensors
+            size, total = size + more, total + more
+        write()
+        count = max(where.values())
+        names = {n: 'model.safetensors' if count == 1 else f'model-{n:05}-of-{count:05}.safetensors'
+                 for n in range(1, count + 1)}
+        for number, name in names.items():
+            (folder / f'model-{number:05}.safetensors').rename(folder / name)
+        if count > 1:
+            index = dict(metadata=dict(total_size=total), weight_map={key: names[n] for key, n in where.items()})
+            (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
         raw = asdict(self.config)
         rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
         raw['rope_theta'] = rope.pop('theta')
-        if not self.config.qk_norm:  # with it, transformers would load the rest and be silently wrong
+        if not self.config.qk_norm:
             raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'])
-        raw |= dict(hidden_act='silu', attention_bias=True,
-                    rope_scaling=dict(rope_type='yarn', **rope), output_router_logits=raw['router_aux_loss_coef'] > 0,
-                    torch_dtype=str(self.lm_head.weight.dtype).removeprefix('torch.'))
+        if experts:
+            skipped = ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'model.embed_tokens', 'lm_head']
+            raw['quantization_config'] = dict(quant_method='mxfp4', modules_to_not_convert=skipped)
+        raw |= dict(hidden_act='silu', attention_bias=True, rope_scaling=dict(rope_type='yarn', **rope),
+                    output_router_logits=raw['router_aux_loss_coef'] > 0, torch_dtype=str(dtype).removeprefix('torch.'))
         (folder / 'config.json').write_text(json.dumps(raw, indent=2) + '\n')
+
+
+class MXFP4(nn.Module):
+    """A stack of matrices (E, out, in) at four bits a value, which do not train; [e] is one of them in bf16, exactly.
+
+    blocks uint8 (E, out, in / 32, 16) hold two values a byte, the even one in the low nibble, and scales uint8 (E, out,
+    in / 32) the exponents of two, biased by 127, of 32 values each. OCP Microscaling Formats, v1.0.
+    """
+
+    def __init__(self, blocks, scales):
+        super().__init__()
+        if blocks.dim() != 4 or blocks.shape[:-1] != scales.shape or blocks.size(-1) != 16:
+            raise ValueError(f'blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} are no MXFP4')
+        self.register_buffer('blocks', blocks)
+        self.register_buffer('scales', scales)
+        self.shape = torch.Size((*blocks.shape[:2], blocks.size(2) * 32))
+
+    @classmethod
+    def empty(cls, number, rows, columns, **options):
+        if columns % 32:
+            raise ValueError(f'MXFP4 takes 32 values of a row together, so hidden_size and intermediate_size must be '
+                             f'multiples of 32; one is {columns}')
+        new = lambda *shape: torch.empty(number, rows, columns // 32, *shape, dtype=torch.uint8, **options)
+        return cls(new(16), new())
+
+    def size(self, dim):
+        return self.shape[dim]
+
+    def __getitem__(self, e):
+        return dequantize_mxfp4(self.blocks[e], self.scales[e])
+
+    def __setitem__(self, e, matrix):
+        self.blocks[e], self.scales[e] = quantize_mxfp4(matrix)
+
+
+@torch.no_grad()
+def fill(target, source, interleaved=False):
+    """Copy source, a tensor or an MXFP4, into target, one or the other; gates and ups by turns become halves."""
+    halves = (lambda rows: torch.cat((rows[0::2], rows[1::2]))) if interleaved else (lambda rows: rows)
+    if isinstance(target, MXFP4) and isinstance(source, MXFP4):
+        fill(target.blocks, source.blocks, interleaved)
+        fill(target.scales, source.scales, interleaved)
+    elif interleaved or isinstance(target, MXFP4) or isinstance(source, MXFP4):
+        for e in range(source.shape[0]):  # one expert at a time, for memory's sake
+            target[e] = halves(source[e])
+    else:
+        target.copy_(source)
+
+
+def published(name, place, dtype, experts):
+    """{name: tensor} in Hugging Face's layout of a parameter or an MXFP4 of ours: the inverse of read_tensors."""
+    if '.experts.' not in name:
+        return {name: place.detach().to(dtype)}
+    turns = (lambda halves: torch.stack(halves.chunk(2), dim=1).flatten(0, 1)) if '.gate_up_' in name else (lambda x: x)
+    name = name.replace('_weight', '_proj').replace('_bias', '_proj_bias')
+    if name.endswith('bias'):
+        return {name: torch.stack([turns(row) for row in place.detach().to(dtype)])}
+    if not experts:
+        return {name: torch.stack([turns(place[e].detach().to(dtype)).T for e in range(place.size(0))])}
+    if isinstance(place, MXFP4):
+        pairs = zip(place.blocks, place.scales)
+    else:
+        pairs = (quantize_mxfp4(matrix) for matrix in place.detach())
+    blocks, scales = (torch.stack([turns(row) for row in rows]) for rows in zip(*pairs))
+    return {f'{name}_blocks': blocks, f'{name}_scales': scales}
 
 
 def find_checkpoint(path):
@@ -819,8 +948,8 @@ def find_checkpoint(path):
         raise ValueError(f'{path} is no checkpoint: no config.json in it, nor is it a hub id like openai/gpt-oss-20b')
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path), allow_patterns=['*.json', '*.safetensors'],
-                                      ignore_patterns=['original/*', 'metal/*']))
+        return Path(snapshot_download(str(path), allow_patterns=[
+            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'meta.json', 'tokenizer.tiktoken']))
     except Exception as error:  # the hub's client raises many kinds; each means that the checkpoint cannot be had
         raise ValueError(f'{path} is no folder here and could not be had from the Hugging Face hub '
                          f'({type(error).__name__}); download it elsewhere and give its folder') from error
@@ -869,55 +998,90 @@ RENAMES = (('unembedding.', 'lm_head.'), ('embedding.', 'model.embed_tokens.'), 
            ('experts.down_proj', 'experts.down_weight'))
 
 
-def read_tensors(folder, config):
-    """Yield (name, tensor) in our layout for every tensor in the folder's safetensors files, whichever is theirs.
-
-    Expert matrices are (E, out, in) in OpenAI's files and in MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files.
-    down_proj is square in gpt-oss, so only the name and the format tell, never the shape.
-    """
+@contextmanager
+def opened(path):
+    """A safetensors file, opened anew for each tensor: what was read from it stays in memory as long as it is open."""
     from safetensors import SafetensorError, safe_open
-    files = {}
-    for path in sorted(folder.glob('model*.safetensors')):
+    try:
+        with safe_open(path, 'pt') as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
+
+
+def read_tensors(folder, config):
+    """Yield (name, tensor or MXFP4), by our names, for every tensor in the folder's safetensors files.
+
+    All come as we keep them but that gates and ups take turns. Expert matrices are (E, out, in) in OpenAI's files and in
+    MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files. down_proj is square in gpt-oss, so only the name and the
+    format tell, never the shape.
+    """
+    paths, index = sorted(folder.glob('model*.safetensors')), folder / 'model.safetensors.index.json'
+    if index.is_file():
         try:
-            file = safe_open(path, 'pt')
-        except SafetensorError as error:
-            raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
-        files.update({name: file for name in file.keys()})
-    for theirs, file in files.items():
-        if theirs.endswith('scales'):
+            paths = [folder / Path(name).name for name in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f'{index} is no index of tensors ({type(error).__name__}: {error})') from error
+    if not paths:
+        raise ValueError(f'{folder} has no model*.safetensors')
+    files = {}
+    for path in paths:
+        with opened(path) as file:
+            files |= dict.fromkeys(file.keys(), path)
+
+    def get(name):
+        with opened(files[name]) as file:
+            return file.get_tensor(name)
+
+    for theirs in files:
+        if theirs.endswith('scales') and theirs.removesuffix('scales') + 'blocks' in files:
             continue
-        tensor, name = file.get_tensor(theirs), theirs
+        tensor, name = get(theirs), theirs
         for old, new in RENAMES:
             name = name.replace(old, new)
         if theirs.endswith('blocks'):
             scales = theirs.removesuffix('blocks') + 'scales'
             if scales not in files:
                 raise ValueError(f'{folder} has {theirs} but no {scales}')
-            tensor = dequantize_mxfp4(tensor, files[scales].get_tensor(scales))
-            name = name.removesuffix('blocks')[:-1]
+            tensor, name = MXFP4(tensor, get(scales)), name.removesuffix('blocks')[:-1]
         elif theirs.endswith(('gate_up_proj', 'down_proj')):
             tensor = tensor.mT
-        if '.gate_up_' in name:
-            tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
         if '.qkv.' in name:
             queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-            for part, piece in zip(('q_proj', 'k_proj', 'v_proj'), tensor.split((queries, keys, keys))):
-                yield name.replace('qkv', part), piece
+            sizes = queries, keys, keys
+            parts = tensor.split(sizes) if len(tensor) == sum(sizes) else [tensor] * 3
+            yield from zip((name.replace('qkv', part) for part in ('q_proj', 'k_proj', 'v_proj')), parts)
         else:
-            yield name, tensor.contiguous()
+            yield name, tensor
 
 
 def dequantize_mxfp4(blocks, scales):
-    """MXFP4 (OCP Microscaling v1.0): blocks uint8 (E, out, G, 16), two values a byte, the even one in the low nibble,
-    and scales uint8 (E, out, G), exponents biased by 127 -> bf16 (E, out, G * 32), exactly."""
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    """blocks uint8 (..., G, 16) and scales uint8 (..., G), see MXFP4 -> bf16 (..., G * 32), exactly."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=blocks.device)
     values = torch.cat((values, -values))
+    pairs = torch.stack((values[(blocks & 15).int()], values[(blocks >> 4).int()]), dim=-1)  # (..., G, 16, 2)
+    return torch.ldexp(pairs.flatten(-2), scales[..., None].int() - 127).flatten(-2).to(torch.bfloat16)
 
-    def expand(block, scale):  # one expert at a time: indices are eight bytes a value
-        pairs = torch.stack((values[(block & 15).int()], values[(block >> 4).int()]), dim=-1)  # (out, G, 16, 2)
-        return torch.ldexp(pairs.flatten(-2), scale[..., None].int() - 127).flatten(-2).to(torch.bfloat16)
 
-    return torch.stack([expand(block, scale) for block, scale in zip(blocks, scales)])
+def quantize_mxfp4(x):
+    """x (..., in) -> blocks and scales, see MXFP4: to the nearest values, half-way to the even code, at the one of two
+    scales that errs less: the largest value between 4 and 8 there, of which 6 holds the most, or between 2 and 4."""
+    x = x.float().unflatten(-1, (-1, 32))
+    top = x.abs().amax(-1, keepdim=True)
+    if not top.isfinite().all():
+        raise ValueError('there are weights that are not finite, which MXFP4 does not have')
+    limits = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], device=x.device)
+    limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))  # what is half-way goes down, but here up
+    best, least = None, math.inf
+    for larger in (0, 1):
+        exponent = (top.frexp().exponent - 3 + larger).clamp(-127, 127)
+        codes = torch.bucketize(torch.ldexp(x.abs(), -exponent), limits).to(torch.uint8) | x.signbit().to(torch.uint8) << 3
+        candidate = codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
+        error = (dequantize_mxfp4(candidate[0], candidate[1][..., 0]).float().view_as(x) - x).square().sum(-1, keepdim=True)
+        if best is not None:
+            candidate = [torch.where(error < least, new, old) for new, old in zip(candidate, best)]
+        best, least = candidate, error
+    return best[0], best[1][..., 0]
 
 
 def draw(logits, temperature, top_k, top_p, min_p):

@@ -276,7 +276,7 @@ def write_checkpoint(name):
     """Write out_dir/name, whole or not at all: a folder that from_pretrained, sample.py and transformers load."""
     new, old, folder = (out / f'{name}{suffix}' for suffix in ('.new', '.old', ''))
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
+    model.save_pretrained(new, portable=False)
     (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=block_size), indent=2))
     if (data / 'tokenizer.tiktoken').exists():
         shutil.copy(data / 'tokenizer.tiktoken', new)
