@@ -766,6 +766,7 @@ class GPT(nn.Module):
 
     def pack_experts(self):
         """Keep the experts' matrices in MXFP4 from now on, at four bits a value. They train no more."""
+        check_packing('mxfp4', self.config)
         for layer in self.model.layers:
             for key in ('gate_up_weight', 'down_weight'):
                 p = getattr(layer.mlp.experts, key)
@@ -785,12 +786,11 @@ class GPT(nn.Module):
         0.9) stays off. Overrides are fields of GPTConfig that are to differ, dropout for instance. Raises ValueError
         for what it cannot load, with the names of all tensors that do not fit.
         """
-        if experts not in (None, 'mxfp4'):
-            raise ValueError(f"experts is {experts!r}; it takes 'mxfp4', or None for the parameters' dtype")
         folder = find_checkpoint(path)
         if 'dropout' in overrides:
             overrides.setdefault('attention_dropout', None)
         config = replace(read_config(folder / 'config.json'), **overrides)
+        check_packing(experts, config)
         with torch.device('meta'):
             model = cls(config)
             if experts:
@@ -827,10 +827,9 @@ class GPT(nn.Module):
         that the format cannot express, unless portable is False: then only from_pretrained reads it.
         """
         from safetensors.torch import save_file
-        if experts not in (None, 'mxfp4'):
-            raise ValueError(f"experts is {experts!r}; it takes 'mxfp4', or None for the parameters' dtype")
+        check_packing(experts, self.config)
         if portable and self.config.qk_norm:
-            raise ValueError('qk_norm is not in the format of gpt-oss: others would load the rest and be silently wrong')
+            raise ValueError("qk_norm is not in gpt-oss's format: others would load the rest and be silently wrong")
         folder, shard, where = Path(path), {}, {}
         dtype = dtype or self.lm_head.weight.dtype
         folder.mkdir(parents=True, exist_ok=True)
@@ -874,6 +873,14 @@ class GPT(nn.Module):
         (folder / 'config.json').write_text(json.dumps(raw, indent=2) + '\n')
 
 
+def check_packing(experts, config):
+    if experts not in (None, 'mxfp4'):
+        raise ValueError(f"experts is {experts!r}; it takes 'mxfp4', or None for the parameters' dtype")
+    if experts and (config.hidden_size % 32 or config.intermediate_size % 32):
+        raise ValueError(f'MXFP4 takes 32 values of a row together; hidden_size ({config.hidden_size}) and '
+                         f'intermediate_size ({config.intermediate_size}) must be multiples of 32')
+
+
 class MXFP4(nn.Module):
     """A stack of matrices (E, out, in) at four bits a value, which do not train; [e] is one of them in bf16, exactly.
 
@@ -891,9 +898,6 @@ class MXFP4(nn.Module):
 
     @classmethod
     def empty(cls, number, rows, columns, **options):
-        if columns % 32:
-            raise ValueError(f'MXFP4 takes 32 values of a row together, so hidden_size and intermediate_size must be '
-                             f'multiples of 32; one is {columns}')
         new = lambda *shape: torch.empty(number, rows, columns // 32, *shape, dtype=torch.uint8, **options)
         return cls(new(16), new())
 
@@ -1012,14 +1016,15 @@ def opened(path):
 def read_tensors(folder, config):
     """Yield (name, tensor or MXFP4), by our names, for every tensor in the folder's safetensors files.
 
-    All come as we keep them but that gates and ups take turns. Expert matrices are (E, out, in) in OpenAI's files and in
-    MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files. down_proj is square in gpt-oss, so only the name and the
-    format tell, never the shape.
+    All come as we keep them but that gates and ups take turns. Expert matrices are (E, out, in) in OpenAI's files and
+    in MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files. down_proj is square in gpt-oss, so only the name and
+    the format tell, never the shape.
     """
     paths, index = sorted(folder.glob('model*.safetensors')), folder / 'model.safetensors.index.json'
     if index.is_file():
         try:
-            paths = [folder / Path(name).name for name in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
+            names = set(json.loads(index.read_text())['weight_map'].values())
+            paths = [folder / Path(name).name for name in sorted(names)]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f'{index} is no index of tensors ({type(error).__name__}: {error})') from error
     if not paths:
@@ -1066,22 +1071,23 @@ def dequantize_mxfp4(blocks, scales):
 def quantize_mxfp4(x):
     """x (..., in) -> blocks and scales, see MXFP4: to the nearest values, half-way to the even code, at the one of two
     scales that errs less: the largest value between 4 and 8 there, of which 6 holds the most, or between 2 and 4."""
-    x = x.float().unflatten(-1, (-1, 32))
+    x = x.float().contiguous().unflatten(-1, (-1, 32))
     top = x.abs().amax(-1, keepdim=True)
     if not top.isfinite().all():
         raise ValueError('there are weights that are not finite, which MXFP4 does not have')
     limits = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], device=x.device)
     limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))  # what is half-way goes down, but here up
-    best, least = None, math.inf
-    for larger in (0, 1):
-        exponent = (top.frexp().exponent - 3 + larger).clamp(-127, 127)
-        codes = torch.bucketize(torch.ldexp(x.abs(), -exponent), limits).to(torch.uint8) | x.signbit().to(torch.uint8) << 3
-        candidate = codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
-        error = (dequantize_mxfp4(candidate[0], candidate[1][..., 0]).float().view_as(x) - x).square().sum(-1, keepdim=True)
-        if best is not None:
-            candidate = [torch.where(error < least, new, old) for new, old in zip(candidate, best)]
-        best, least = candidate, error
-    return best[0], best[1][..., 0]
+
+    def rounded(exponent):
+        codes = torch.bucketize(torch.ldexp(x.abs(), -exponent), limits) | x.signbit().int() << 3
+        blocks, scales = codes[..., 0::2] | codes[..., 1::2] << 4, exponent + 127
+        off = dequantize_mxfp4(blocks, scales[..., 0]).view_as(x) - x
+        return off.square().sum(-1, keepdim=True), blocks, scales
+
+    exponent = top.frexp().exponent - 3
+    (error, *small), (other, *large) = (rounded((exponent + more).clamp(-127, 127)) for more in (0, 1))
+    blocks, scales = (torch.where(other < error, b, a).to(torch.uint8) for a, b in zip(small, large))
+    return blocks, scales[..., 0]
 
 
 def draw(logits, temperature, top_k, top_p, min_p):

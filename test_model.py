@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 import model
 import prepare
-from model import FULL, GPT, SLIDING, GPTConfig, KVCache, LinearCrossEntropy, dequantize_mxfp4, rope_tables
+from model import (FULL, GPT, MXFP4, SLIDING, GPTConfig, KVCache, LinearCrossEntropy, dequantize_mxfp4,
+                   quantize_mxfp4, rope_tables)
 
 ROOT = Path(__file__).parent
 SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
@@ -617,7 +618,7 @@ def test_hugging_face_layout(tmp_path):
     loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path / 'ours')
     assert loaded.config.rope_parameters['truncate'] is False
     for changes in (dict(tie_word_embeddings=True), dict(qk_norm=True, dropout=0.1, router_aux_loss_coef=0.01)):
-        make(**changes).save_pretrained(tmp_path / 'option')
+        make(**changes).save_pretrained(tmp_path / 'option', portable=False)
         loaded = GPT.from_pretrained(tmp_path / 'option', torch.float32)
         assert loaded.config == make(**changes).config
         assert_same(make(**changes).eval(), loaded.eval())
@@ -669,6 +670,93 @@ def test_mxfp4_layouts(tmp_path):
 def test_mxfp4_values():
     blocks, scales, values = mxfp4_blocks(2, 3, 64)
     assert torch.equal(dequantize_mxfp4(blocks, scales).float(), values)
+    assert torch.equal(dequantize_mxfp4(*quantize_mxfp4(values)).float(), values)  # what it holds stays as it is
+
+
+def test_mxfp4_rounds_to_nearest():
+    """Every element goes to the nearest value at its group's scale, half-way to the even code; no scale is better."""
+    torch.manual_seed(1)
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    x = torch.cat((torch.randn(200, 64) * 10.0 ** torch.randint(-20, 20, (200, 1)), torch.zeros(1, 64)))
+    x[:100] = (x[:100] * 8 / x[:100].abs().amax(1, keepdim=True)).round() * 0.25  # half-way between values, often
+    blocks, scales = quantize_mxfp4(x)
+    rounded = dequantize_mxfp4(blocks, scales).float()
+    groups, unit = x.double().view(-1, 32), 2.0 ** (scales.double().view(-1, 1) - 127)
+
+    def nearest(unit):
+        distance = ((groups.abs() / unit)[..., None] - magnitudes).abs()
+        odd = torch.arange(8) % 2
+        code = (distance + odd * 1e-9).argmin(-1)
+        return magnitudes[code] * unit * groups.sign()
+
+    assert torch.equal(rounded.view(-1, 32).double(), nearest(unit))
+    errors = [(nearest(unit * 2.0 ** shift) - groups).square().sum(1) for shift in (-1, 0, 1)]
+    assert (errors[1] <= errors[0] + 1e-30).all() and (errors[1] <= errors[2] + 1e-30).all()
+    with pytest.raises(ValueError, match='not finite'):
+        quantize_mxfp4(torch.full((1, 32), math.inf))
+
+
+@pytest.mark.parametrize('changes', [
+    dict(SQUARE), dict(hidden_size=96, intermediate_size=32, num_local_experts=3, tie_word_embeddings=True)])
+def test_packed_experts(tmp_path, changes):
+    """experts='mxfp4' computes what dequantising first does, to the bit, its gradients included, and saves the same."""
+    transformers = pytest.importorskip('transformers')
+    make(**changes).save_pretrained(tmp_path / 'packed', experts='mxfp4')
+    idx = torch.randint(97, (2, 30))
+    for dtype in (torch.float32, torch.bfloat16):
+        full, packed = (GPT.from_pretrained(tmp_path / 'packed', dtype, experts=experts) for experts in (None, 'mxfp4'))
+        assert isinstance(packed.model.layers[0].mlp.experts.down_weight, MXFP4)
+        assert packed.num_parameters(active=True) == full.num_parameters(active=True)
+        for model in (full.eval(), packed.eval()):
+            model.logits = model(idx, idx)[0]
+            model.logits.float().square().mean().backward()
+        assert torch.equal(full.logits, packed.logits)
+        assert torch.equal(full.generate(idx, 10, temperature=0), packed.generate(idx, 10, temperature=0))
+        gradients = {name: p.grad for name, p in full.named_parameters()}
+        assert all(torch.equal(p.grad, gradients[name]) for name, p in packed.named_parameters())
+    stored = sum(buffer.nbytes for name, buffer in packed.named_buffers() if '.experts.' in name)
+    assert stored == sum(p.numel() for name, p in full.named_parameters()
+                         if name.endswith(('gate_up_weight', 'down_weight'))) * 17 // 32
+    packed.save_pretrained(tmp_path / 'again', experts='mxfp4')
+    packed.save_pretrained(tmp_path / 'whole', torch.float32)
+    packing = dict(quantization_config=transformers.Mxfp4Config(dequantize=True))
+    for folder, options in (('again', packing), ('whole', {})):
+        assert_same(full.float(), GPT.from_pretrained(tmp_path / folder, torch.float32).eval())
+        theirs = transformers.GptOssForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32, **options)
+        torch.testing.assert_close(theirs.eval()(idx).logits, full(idx, idx)[0], atol=1e-4, rtol=1e-4)
+    # what is packed on the way in, from files that have more
+    make(**changes).save_pretrained(tmp_path / 'fp32')
+    repacked = GPT.from_pretrained(tmp_path / 'fp32', experts='mxfp4').eval()
+    assert torch.equal(repacked(idx)[0], packed.eval()(idx)[0])
+
+
+def test_shards(tmp_path):
+    """Files of at most the given size with an index; a smaller model later leaves no file of a larger one behind."""
+    transformers = pytest.importorskip('transformers')
+    model = make(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path, shard_size=30_000)
+    files = sorted(tmp_path.glob('*.safetensors'))
+    assert len(files) > 3 and files[0].name == f'model-00001-of-{len(files):05}.safetensors'
+    assert_same(model, GPT.from_pretrained(tmp_path, torch.float32))
+    theirs = transformers.GptOssForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    idx = torch.randint(97, (1, 30))
+    torch.testing.assert_close(theirs.eval()(idx).logits, model.eval()(idx, idx)[0], atol=1e-4, rtol=1e-4)
+    files[1].rename(tmp_path / 'elsewhere')
+    with pytest.raises(ValueError, match=files[1].name):
+        GPT.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, torch.bfloat16)
+    assert sorted(path.name for path in tmp_path.glob('model*')) == ['model.safetensors']
+    assert {t.dtype for t in load_file(tmp_path / 'model.safetensors').values()} == {torch.bfloat16}
+
+
+def test_what_the_format_cannot_express(tmp_path):
+    with pytest.raises(ValueError, match='qk_norm'):
+        make(qk_norm=True).save_pretrained(tmp_path / 'x')
+    with pytest.raises(ValueError, match='24.*multiples of 32'):
+        make(hidden_size=24).save_pretrained(tmp_path / 'x', experts='mxfp4')
+    with pytest.raises(ValueError, match='int4'):
+        make().save_pretrained(tmp_path / 'x', experts='int4')
+    assert not (tmp_path / 'x').exists()
 
 
 def test_broken_checkpoints(tmp_path):
@@ -687,10 +775,19 @@ def test_broken_checkpoints(tmp_path):
     (tmp_path / 'config.json').write_text('{')
     refused('not a JSON object')
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    save_file({name: tensor for name, tensor in state.items() if 'sinks' not in name}, weights)
-    refused('sinks is missing')
+    broken = {name: tensor for name, tensor in state.items() if '0.self_attn.sinks' not in name}
+    broken |= {'model.norm.weight': torch.ones(7), 'model.extra.weight': torch.ones(2)}
+    save_file(broken, weights)  # one error for all three
+    refused(r'extra.weight is \(2,\), expected no such tensor')
+    refused(r'norm.weight is \(7,\), expected \(')
+    refused('0.self_attn.sinks is missing')
     weights.write_bytes(weights.read_bytes()[:1000])
     refused('not a whole safetensors file')
+    (tmp_path / 'model.safetensors.index.json').write_text('[]')
+    refused('no index of tensors')
+    (tmp_path / 'model.safetensors.index.json').unlink()
+    weights.unlink()
+    refused('has no model')
     with pytest.raises(ValueError, match='no checkpoint'):
         GPT.from_pretrained(tmp_path / 'nowhere')
 
