@@ -86,11 +86,35 @@ class GPTConfig:
 class Linear(nn.Linear):
     """nn.Linear in its input's dtype, whatever dtype the parameters are kept in."""
 
+    def __init__(self, *shape, **options):
+        super().__init__(*shape, **options)
+        self.lora = None  # or a LoRA
+
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if torch.compiler.is_compiling() and x.numel() == x.size(-1):
-            return product(x, weight) if bias is None else product(x, weight) + bias
-        return F.linear(x, weight, bias)
+            y = product(x, weight) if bias is None else product(x, weight) + bias
+        else:
+            y = F.linear(x, weight, bias)
+        return y if self.lora is None else y + self.lora(x)
+
+
+class LoRA(nn.Module):
+    """A low-rank adapter of a matrix (out, in), or of each of a stack: scale · B A, at first 0. arXiv:2106.09685."""
+
+    def __init__(self, shape, rank, scale, device):
+        super().__init__()
+        *stack, rows, columns = shape
+        self.a = nn.Parameter(torch.empty(*stack, rank, columns, device=device).uniform_(-1, 1) / columns ** 0.5)
+        self.b = nn.Parameter(torch.zeros(*stack, rows, rank, device=device))
+        self.scale = scale
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+
+    def grouped(self, x, counts):
+        """Each expert's rows of x (M, in), sorted by expert, through its own adapter -> (M, out)."""
+        return GroupedLinear.apply(GroupedLinear.apply(x, self.a, None, counts), self.b, None, counts) * self.scale
 
 
 def product(x, w):
@@ -317,6 +341,28 @@ def grouped_linear(x, w, b, counts, back=False):
     return y
 
 
+class GroupedLinear(torch.autograd.Function):
+    """grouped_linear with gradients, for experts that have adapters. What is packed is unpacked anew in backward."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, counts):
+        ctx.save_for_backward(x, *(() if isinstance(w, MXFP4) else (w,)))
+        ctx.packed, ctx.counts = w if isinstance(w, MXFP4) else None, counts
+        return grouped_linear(x, w, b, counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, *weight = ctx.saved_tensors
+        w, dw, db = weight[0] if weight else ctx.packed, None, None
+        groups = list(zip(dy.split(ctx.counts), x.split(ctx.counts)))
+        if ctx.needs_input_grad[1]:
+            dw = torch.stack([dye.T @ xe for dye, xe in groups]).to(w.dtype)
+        if ctx.needs_input_grad[2]:
+            db = torch.stack([dye.sum(0) for dye, _ in groups])
+        return grouped_linear(dy, w, None, ctx.counts, back=True), dw, db, None
+
+
 @torch._disable_dynamo  # torch.compiler.disable, but for a second of imports; the counts of rows are the host's to know
 def expert_by_expert(x, share, token, load, *rest):
     counts, share = load.tolist(), share.to(x.dtype)
@@ -344,19 +390,21 @@ class Experts(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * I))
         self.down_weight = nn.Parameter(torch.empty(E, D, I))
         self.down_bias = nn.Parameter(torch.empty(E, D))
+        self.gate_up_lora = self.down_lora = None  # or a LoRA each
         self.limit = config.swiglu_limit
 
     def forward(self, x, chosen, share):
         """x (N, D) through experts chosen (N, k), weighted by share (N, k) -> (N, D), and rows per expert (E,)."""
         w1, b1, w2, b2 = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
         kind = x.dtype
-        if not self.training and torch.compiler.is_compiling() and len(x) <= 8:  # decoding, compiled:
+        few = not self.training and len(x) <= 8 and self.gate_up_lora is None
+        if few and torch.compiler.is_compiling():  # decoding, compiled:
             # the compiler fuses gather, product and sum into one pass over the chosen weights; eager would copy them
             w1, b1, w2, b2 = (p[chosen].to(kind) for p in (w1, b1, w2, b2))
             hidden = swiglu(product(x[:, None, None], w1) + b1.unsqueeze(2), self.limit)  # (N, k, 1, I)
             outputs = product(hidden, w2).squeeze(2) + b2  # (N, k, D)
             return (outputs * share.to(kind)[:, :, None]).sum(1), None
-        if not self.training and (not x.is_cuda or isinstance(w1, MXFP4)) and len(x) <= 8:
+        if few and (not x.is_cuda or isinstance(w1, MXFP4)):
             # decoding, eager: row by row, for on CPU products of 2 to 8 rows take 1.5 times as long as one at a time
             ids, rows = chosen.flatten().tolist(), x.repeat_interleave(chosen.size(1), dim=0).split(1)
             hidden = [F.linear(r, w1[e].to(kind), b1[e].to(kind)) for r, e in zip(rows, ids)]
@@ -370,6 +418,8 @@ class Experts(nn.Module):
         share = share.flatten()[order]
         membership = expert[:, None] == torch.arange(len(self.down_bias), device=x.device)  # (N * k, E)
         load = membership.sum(0)  # not bincount, which waits for the device
+        if self.gate_up_lora is not None:
+            return self.adapted(x, share, token, load), load
         if grouped_mm_fits(x, w1) and grouped_mm_fits(x, w2):
             # All experts in one kernel, which takes no bias, and no wait until the counts reach the host.
             ends, membership = load.cumsum(0).to(torch.int32), membership.to(kind)
@@ -378,6 +428,16 @@ class Experts(nn.Module):
             rows = (F.grouped_mm(hidden, w2.mT, offs=ends) + membership @ b2) * share[:, None].to(kind)
             return torch.zeros_like(x).index_add(0, token, rows), load
         return expert_by_expert(x, share, token, load, w1, b1, w2, b2, self.limit, torch.is_grad_enabled()), load
+
+    @torch._disable_dynamo
+    def adapted(self, x, share, token, load):
+        """The same with adapters: autograd through two layers, in which frozen weights leave nothing to remember."""
+        counts, rows = load.tolist(), x.index_select(0, token)
+        hidden = GroupedLinear.apply(rows, self.gate_up_weight, self.gate_up_bias, counts)
+        hidden = swiglu(hidden + self.gate_up_lora.grouped(rows, counts), self.limit)
+        out = GroupedLinear.apply(hidden, self.down_weight, self.down_bias, counts)
+        out = (out + self.down_lora.grouped(hidden, counts)) * share[:, None].to(x.dtype)
+        return torch.zeros_like(x).index_add(0, token, out)
 
 
 class MoE(nn.Module):
@@ -504,8 +564,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, needs_grad):
         w = weight.to(x.dtype)
-        loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
-        dx, dw = [], torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum().clamp(min=1)
+        dx, trains = [], needs_grad and weight.requires_grad
+        dw = torch.zeros_like(weight, dtype=torch.float32) if trains else None
         rows = max(1, 2 ** 25 // len(w))  # 2^25 logits in fp32 are 128 MB
         for xc, tc in zip(x.split(rows), targets.split(rows)):
             logits = (xc @ w.T).float()
@@ -517,7 +578,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             if needs_grad:  # d loss / d logits = softmax - one_hot, in the logits' place
                 grad = logits.mul_(valid / total).scatter_add_(1, tc, -valid.float()).to(x.dtype)
                 dx.append(grad @ w)
-                dw = dw.addmm_(grad.T, xc) if grad.dtype == dw.dtype else dw.add_(grad.T @ xc)
+                if trains:
+                    dw = dw.addmm_(grad.T, xc) if grad.dtype == dw.dtype else dw.add_(grad.T @ xc)
         if needs_grad:
             ctx.save_for_backward(torch.cat(dx), dw, count)
             ctx.dtype = weight.dtype
@@ -528,7 +590,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale.to(dx.dtype), (dw * scale).to(ctx.dtype), None, None
+        return dx * scale.to(dx.dtype), None if dw is None else (dw * scale).to(ctx.dtype), None, None
 
 
 class Muon(torch.optim.Optimizer):
@@ -594,7 +656,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.source, self.lora = config, None, None  # where it was loaded from; add_lora's arguments
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types),
@@ -748,6 +810,8 @@ class GPT(nn.Module):
         """
         decay, rest, hidden = [], [], {}
         for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
             if muon_lr and p.dim() >= 2 and '.layers.' in name and name.endswith('weight'):
                 hidden.setdefault((p.shape, 2 if 'gate_up' in name else 1), []).append(p)
             else:
@@ -762,7 +826,7 @@ class GPT(nn.Module):
     def places(self):
         """{name: parameter} of all that a checkpoint holds; {name: MXFP4} where that is how the experts are kept."""
         packed = {name: module for name, module in self.named_modules() if isinstance(module, MXFP4)}
-        return dict(self.named_parameters()) | packed
+        return {name: p for name, p in self.named_parameters() if 'lora.' not in name} | packed
 
     def pack_experts(self):
         """Keep the experts' matrices in MXFP4 from now on, at four bits a value. They train no more."""
@@ -776,6 +840,71 @@ class GPT(nn.Module):
                 delattr(layer.mlp.experts, key)
                 setattr(layer.mlp.experts, key, packed)
 
+    def add_lora(self, rank, alpha):
+        """Freeze the model, and give each matrix of attention and experts an adapter of this rank to train instead.
+
+        What it adds is scaled by alpha / rank; nothing at first. The adapters' parameters are in fp32.
+        """
+        if rank < 1 or not 0 < alpha < math.inf:
+            raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; they must be at least 1 and above 0')
+        self.requires_grad_(False)
+        self.lora = dict(lora_rank=rank, lora_alpha=alpha)
+        for layer in self.model.layers:
+            for module, weight, name in adapted_matrices(layer):
+                p = getattr(module, weight)
+                device = p.blocks.device if isinstance(p, MXFP4) else p.device
+                setattr(module, name, LoRA(p.shape, rank, alpha / rank, device))
+
+    @torch.no_grad()
+    def merge_lora(self):
+        """Add the adapters to their matrices, so that the model is as before, and whole. Raises ValueError for MXFP4."""
+        for layer in self.model.layers:
+            for module, weight, name in adapted_matrices(layer):
+                p, lora = getattr(module, weight), getattr(module, name)
+                if isinstance(p, MXFP4):
+                    raise ValueError("four bits a value are too few to merge adapters into; load without experts='mxfp4'")
+                for matrix, a, b in zip(p, lora.a, lora.b) if p.dim() == 3 else [(p, lora.a, lora.b)]:
+                    matrix.copy_(matrix + lora.scale * (b @ a))
+                setattr(module, name, None)
+        self.lora = None
+        self.requires_grad_(True)
+
+    def save_adapter(self, path):
+        """Write adapter.safetensors and adapter.json, with which from_pretrained adapts what this model was loaded from.
+
+        Raises ValueError where that is nothing.
+        """
+        from safetensors.torch import save_file
+        if not self.lora or not self.source:
+            raise ValueError('there are no adapters of a saved model: from_pretrained(folder), then add_lora()')
+        folder, base = Path(path), self.source
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach() for name, p in self.named_parameters() if 'lora.' in name}
+        save_file(tensors, folder / 'adapter.safetensors', {'format': 'pt'})
+        base = str(Path(base).resolve() if Path(base).exists() else base)
+        (folder / 'adapter.json').write_text(json.dumps(dict(base=base, **self.lora), indent=2) + '\n')
+
+    @classmethod
+    def from_adapter(cls, folder, dtype, device, experts, overrides):
+        """from_pretrained of a folder that save_adapter wrote."""
+        try:
+            raw = json.loads((folder / 'adapter.json').read_text())
+            base, rank, alpha = str(raw['base']), int(raw['lora_rank']), float(raw['lora_alpha'])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{folder / "adapter.json"} is damaged ({type(error).__name__}: {error})') from error
+        model = cls.from_pretrained(base, dtype, device, experts, **overrides)
+        model.add_lora(rank, alpha)
+        places = {name: p for name, p in model.named_parameters() if 'lora.' in name}
+        with opened(folder / 'adapter.safetensors') as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        wrong = [name for name in {*places, *tensors}
+                 if name not in places or name not in tensors or places[name].shape != tensors[name].shape]
+        if wrong:
+            raise ValueError(f'{folder} does not fit {base}: {", ".join(sorted(wrong))}')
+        for name, p in places.items():
+            fill(p, tensors[name])
+        return model
+
     @classmethod
     def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None, **overrides):
         """Load a folder, or a Hugging Face hub id, into parameters of this dtype on this device, tensor by tensor.
@@ -786,6 +915,8 @@ class GPT(nn.Module):
         0.9) stays off. Overrides are fields of GPTConfig that are to differ, dropout for instance. Raises ValueError
         for what it cannot load, with the names of all tensors that do not fit.
         """
+        if Path(path, 'adapter.json').is_file():
+            return cls.from_adapter(Path(path), dtype, device, experts, overrides)
         folder = find_checkpoint(path)
         if 'dropout' in overrides:
             overrides.setdefault('attention_dropout', None)
@@ -801,7 +932,7 @@ class GPT(nn.Module):
         for layer in model.model.layers:  # counters, which no checkpoint has
             layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
         places, wrong = model.places(), []
-        missing = set(places)
+        missing, model.source = set(places), str(path)
         for name, tensor in read_tensors(folder, config):
             expected = tuple(places[name].shape) if name in places else 'no such tensor'
             if tuple(tensor.shape) == expected:
@@ -828,6 +959,8 @@ class GPT(nn.Module):
         """
         from safetensors.torch import save_file
         check_packing(experts, self.config)
+        if self.lora:
+            raise ValueError('the model has adapters: merge_lora() first, or save_adapter() saves them apart')
         if portable and self.config.qk_norm:
             raise ValueError("qk_norm is not in gpt-oss's format: others would load the rest and be silently wrong")
         folder, shard, where = Path(path), {}, {}
@@ -871,6 +1004,14 @@ class GPT(nn.Module):
         raw |= dict(hidden_act='silu', attention_bias=True, rope_scaling=dict(rope_type='yarn', **rope),
                     output_router_logits=raw['router_aux_loss_coef'] > 0, torch_dtype=str(dtype).removeprefix('torch.'))
         (folder / 'config.json').write_text(json.dumps(raw, indent=2) + '\n')
+        stops = dict(eos_token_id=[200002, 199999, 200012], pad_token_id=199999) if raw['vocab_size'] == 201088 else {}
+        (folder / 'generation_config.json').write_text(json.dumps(dict(do_sample=True, **stops), indent=2) + '\n')
+
+
+def adapted_matrices(layer):
+    """(module, its matrix or stack, the place of that one's LoRA) of a Block."""
+    attention = [(getattr(layer.self_attn, f'{name}_proj'), 'weight', 'lora') for name in 'qkvo']
+    return attention + [(layer.mlp.experts, f'{name}_weight', f'{name}_lora') for name in ('gate_up', 'down')]
 
 
 def check_packing(experts, config):

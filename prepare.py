@@ -4,9 +4,11 @@ Turn text into train.bin, val.bin and meta.json: documents as token ids, each en
     python prepare.py                                                    # TinyStories from the Hugging Face hub
     python prepare.py --dataset='my/texts/*.txt' --tokenizer=gpt2        # local .txt .jsonl .json .csv .parquet
     python prepare.py --dataset=builtin --tokenizer=bpe --vocab_size=512 # made-up stories, needs no network
+    python prepare.py --dataset=chats.jsonl                              # rows of messages, for fine-tuning on chats
 
 Memory stays flat whatever the corpus's size: documents are streamed, tokenised on all cores, and written as they
-come.
+come. Rows of messages become conversations in gpt-oss's harmony format, and train_mask.bin and val_mask.bin tell which
+of their tokens are the assistant's, to be trained on.
 """
 
 import config  # first, for it makes Ctrl-C quiet
@@ -22,7 +24,7 @@ import re
 import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +33,12 @@ from tqdm.auto import tqdm
 
 # -----------------------------------------------------------------------------
 dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .jsonl .json .csv .parquet file, glob or URL; builtin
-tokenizer = 'o200k_harmony'  # any name that tiktoken knows, or byte, char, bpe (trained on the corpus)
+tokenizer = 'o200k_harmony'  # any name that tiktoken knows; byte, char, bpe (trained on the corpus); a folder that has one
 vocab_size = 1024  # tokens that bpe learns, the 256 bytes and end of text included
 data_dir = ''  # where the three files go; empty: data/ and the dataset's name
 max_docs = 0  # read at most this many documents of each split, and fetch no more; 0: all
 val_fraction = 0.1  # without a validation split, the last part of the documents (of the text, if fewer than ten)
-text_column = 'text'  # the column that holds the text
+text_column = 'text'  # the column that holds the text; where there is none, messages hold chats
 megabytes = 8.0  # size of the built-in corpus
 seed = 1337  # of the built-in corpus
 num_proc = 0  # threads that tokenise; 0: one a core
@@ -173,20 +175,27 @@ def limited(pieces):
 
 
 def column(rows, source):
-    """The text column of a dataset's rows, each row a document."""
+    """The text column of a dataset's rows, each row a document: a text, or the Chat of a list of messages."""
     number = 0
     with reading(source):
         for batch in rows.iter(batch_size=1000):
-            texts = batch.get(text_column) or [None] * len(next(iter(batch.values())))
-            for i, text in enumerate(texts):
-                if not isinstance(text, str):
+            name = text_column if text_column in batch or 'messages' not in batch else 'messages'
+            for i, value in enumerate(batch.get(name) or [None] * len(next(iter(batch.values())))):
+                if isinstance(value, list):
+                    try:
+                        value = Chat(value)
+                    except ValueError as error:
+                        config.fail(f'{source}: row {number + i}: {error}')
+                    if not any(channel == 'final' for _, channel, _ in value.parts):
+                        config.fail(f'{source}: row {number + i}: the chat has no final answer of the assistant')
+                if not isinstance(value, str | Chat):
                     there = ', '.join(name for name, values in batch.items() if values[i] is not None) or 'nothing'
-                    config.fail(f'{source}: row {number + i} has {"no text" if text is None else repr(text)[:40]} '
+                    config.fail(f'{source}: row {number + i} has {"no text" if value is None else repr(value)[:40]} '
                                 f'in column {text_column!r}; it has the columns {there} '
                                 '(choose one with --text_column=NAME)')
-                if text:
-                    yield text, True
-            number += len(texts)
+                if value:
+                    yield value, True
+            number += i + 1
 
 
 PIECE = 2 ** 20  # characters that are tokenised together
@@ -216,17 +225,85 @@ def text_file(rows):
         yield text, True
 
 
+# --- chats, in the harmony format of gpt-oss: https://github.com/openai/harmony ----------------------------------
+
+HARMONY = '<|start|>', '<|message|>', '<|channel|>', '<|end|>', '<|return|>', '<|call|>'
+SYSTEM = ('You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n\nReasoning: {}\n\n'
+          '# Valid channels: analysis, commentary, final. Channel must be included for every message.')
+
+
+class Chat:
+    """A conversation, parts [(role, channel, text)], from messages {role, content} as chat APIs have them.
+
+    An assistant's message may have its reasoning as `thinking` or a `channel` of its own (analysis, commentary or
+    final). A system message gives instructions, which in harmony are the developer's. Raises ValueError.
+    """
+
+    def __init__(self, messages):
+        self.parts = []
+        for number, message in enumerate(messages, 1):
+            role, text = (message.get(key) if isinstance(message, dict) else None for key in ('role', 'content'))
+            if role not in ('system', 'developer', 'user', 'assistant') or not isinstance(text, str):
+                raise ValueError(f'message {number} is {repr(message)[:80]}; it wants a role (system, developer, user '
+                                 'or assistant) and a content that is text')
+            if message.get('tool_calls') or message.get('recipient'):
+                raise ValueError(f'message {number} calls a tool, which prepare.py cannot render')
+            if role in ('system', 'developer'):
+                role, text = 'developer', f'# Instructions\n\n{text}'
+            if role == 'assistant' and message.get('thinking'):
+                self.parts.append((role, 'analysis', message['thinking']))
+            channel = (message.get('channel') or 'final') if role == 'assistant' else ''
+            if channel not in ('', 'analysis', 'commentary', 'final'):
+                raise ValueError(f'message {number} has the channel {channel!r}; it is analysis, commentary or final')
+            self.parts.append((role, channel, text))
+
+    def text(self, effort='medium'):
+        return '\n'.join((SYSTEM.format(effort), 'system', *itertools.chain(*self.parts)))
+
+    def prompt(self, encoder, effort='medium'):
+        """Token ids of the conversation so far, up to where the assistant answers; its earlier analysis is dropped."""
+        parts = [part for part in self.parts if part[1] != 'analysis']
+        return render(encoder, [('system', '', SYSTEM.format(effort)), *parts]) + render(encoder, [('assistant',)])
+
+    def examples(self, encoder):
+        """(token ids, mask) of each turn of the assistant after what it saw then; 1 in the mask: to be trained on."""
+        begin, seen = 0, Chat([])
+        for end, (role, channel, _) in enumerate(self.parts, 1):
+            if role != 'assistant':
+                begin = end
+            elif channel == 'final':
+                seen.parts = self.parts[:begin]
+                prompt, opening = seen.prompt(encoder), render(encoder, [('assistant',)])
+                answer = render(encoder, self.parts[begin:end])[len(opening):]
+                answer[-1] = encoder.encode_single_token('<|return|>')
+                yield prompt + answer, [0] * len(prompt) + [1] * len(answer)
+                begin = end
+
+
+def render(encoder, parts):
+    """Token ids of parts (role, channel, text), or of one that only begins: (role,). Texts hold no special tokens."""
+    tokens = []
+    for role, *rest in parts:
+        tokens += [encoder.encode_single_token('<|start|>'), *encoder.encode_ordinary(role)]
+        if rest:
+            channel, text = rest
+            tokens += [encoder.encode_single_token('<|channel|>'), *encoder.encode_ordinary(channel)] if channel else []
+            tokens += [encoder.encode_single_token('<|message|>'), *encoder.encode_ordinary(text),
+                       encoder.encode_single_token('<|end|>')]
+    return tokens
+
+
 # --- tokenizers, each a tiktoken.Encoding -------------------------------------------------------------------------
 
 END = '<|endoftext|>'
-PATTERNS = {'byte': r'(?s:.)', 'char': r'(?s:.)', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
+PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
 
 
-def encoding(name, ranks=None):
-    """The encoding of tiktoken's by that name, or one of ours made from its {bytes: rank} table."""
+def encoding(name, ranks=None, special=(END,)):
+    """The encoding of tiktoken's by that name, or one of ours made from its {bytes: rank} table and special tokens."""
     if name in PATTERNS:
         return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
-                                 special_tokens={END: len(ranks)})
+                                 special_tokens={token: len(ranks) + i for i, token in enumerate(special)})
     if name not in tiktoken.list_encoding_names():
         config.fail(f'there is no tokenizer {name!r}; '
                     f'there are {", ".join([*PATTERNS, *tiktoken.list_encoding_names()])}')
@@ -238,16 +315,23 @@ def encoding(name, ranks=None):
 def load_tokenizer(folder):
     """The encoding that meta.json in a data folder or a checkpoint names, from the rank table beside it if ours."""
     try:
-        name = json.loads(Path(folder, 'meta.json').read_text())['tokenizer']
+        meta = json.loads(Path(folder, 'meta.json').read_text())
+        name = meta['tokenizer']
         if name not in PATTERNS:
             return encoding(name)
         lines = Path(folder, 'tokenizer.tiktoken').read_text().splitlines()
         ranks = {base64.b64decode(line.split()[0], validate=True): int(line.split()[1]) for line in lines}
         if sorted(ranks.values()) != list(range(len(lines))) or not all(ranks):
             raise ValueError('its ranks are not 0, 1, 2 ...')
-        return encoding(name, ranks)
+        return encoding(name, ranks, meta.get('special_tokens', [END]))
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f'{folder}: meta.json or tokenizer.tiktoken is damaged ({type(error).__name__}: {error})')
+
+
+def stop_tokens(encoder):
+    """The tokens at which a continuation is over: the end of the text, in a chat of the turn, or a call of a tool."""
+    return [encoder.encode_single_token(token) for token in (END, '<|return|>', '<|call|>')
+            if token in encoder.special_tokens_set]
 
 
 def encode_prompt(encoder, text):
@@ -276,15 +360,61 @@ def train_tokenizer(texts):
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    # The library writes bytes as GPT-2 does: printable ones as themselves,
-    # the others as the characters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(other)}
+    byte_of = {character: byte for byte, character in byte_characters().items()}
     ranks = {bytes([i]): i for i in range(256)}
     for left, right in json.loads(bpe.to_str())['model']['merges']:
         ranks.setdefault(bytes(byte_of[c] for c in left + right), len(ranks))
     return ranks
+
+
+# what Chat.prompt does, for apply_chat_template; messages come with {role, content}, an assistant's with its thinking
+CHAT_TEMPLATE = (
+    "{{- '<|start|>system<|message|>" + SYSTEM.format("' + (reasoning_effort or 'medium') + '").replace('\n', '\\n')
+    + "<|end|>' }}"
+    "{%- for message in messages %}"
+    "{%- if message.role in ('system', 'developer') %}"
+    "{{- '<|start|>developer<|message|># Instructions\\n\\n' + message.content + '<|end|>' }}"
+    "{%- elif message.role == 'user' %}{{- '<|start|>user<|message|>' + message.content + '<|end|>' }}"
+    "{%- elif message.role == 'assistant' and message.channel != 'analysis' %}"
+    "{{- '<|start|>assistant<|channel|>' + (message.channel or 'final') + '<|message|>' + message.content + '<|end|>' }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}")
+
+
+def byte_characters():
+    """{byte: character} by which tokenizer.json writes bytes, as GPT-2 did: printable ones are themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(other)}
+
+
+def write_tokenizer(encoder, folder):
+    """Write what transformers and others read: tokenizer.json, tokenizer_config.json and generation_config.json."""
+    try:
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    except ImportError:
+        return print('(pip install tokenizers, and there will be a tokenizer.json for transformers too)')
+    ranks, characters = encoder._mergeable_ranks, byte_characters()
+    written = lambda token: ''.join(characters[byte] for byte in token)
+    merges = [(written(token[:i]), written(token[i:])) for token in sorted(ranks, key=ranks.get)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    bpe = Tokenizer(models.BPE({written(token): rank for token, rank in ranks.items()}, merges, ignore_merges=True))
+    pattern = encoder._pat_str.replace('++$', r'+\z')  # possessive repeats only save time, and not every library has them
+    pattern = re.sub(r'([+*?]|\{\d+,?\d*\})\+', r'\1', pattern)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    special = {number: token for token, number in reversed(encoder._special_tokens.items())}
+    names = [special.get(number, f'<|unused_{number}|>') for number in range(len(ranks), encoder.n_vocab)]
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in names])  # numbered as they come
+    bpe.save(str(folder / 'tokenizer.json'))
+    stops, names = stop_tokens(encoder), dict(eos_token=END, pad_token=END)
+    if '<|start|>' in encoder.special_tokens_set:
+        names |= dict(eos_token='<|return|>', chat_template=CHAT_TEMPLATE)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(names | dict(
+        tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False), indent=2) + '\n')
+    (folder / 'generation_config.json').write_text(json.dumps(dict(
+        do_sample=True, eos_token_id=stops, pad_token_id=encoder.eot_token), indent=2) + '\n')
 
 
 # --- from pieces to files -----------------------------------------------------------------------------------------
@@ -295,7 +425,7 @@ def divide(pieces, documents, characters):
     first = documents - max(1, round(documents * val_fraction))
     cut = int(characters * (1 - val_fraction))
     for text, ends in pieces:
-        if documents >= 10:
+        if documents >= 10 or isinstance(text, Chat):
             yield 'train' if document < first else 'val', text, ends
         else:
             here = min(max(cut - character, 0), len(text))  # how much of this piece comes before the cut
@@ -303,7 +433,7 @@ def divide(pieces, documents, characters):
                 yield 'train', text[:here], ends and here == len(text)
             if here < len(text) or not text:
                 yield 'val', text[here:], ends
-        document, character = document + ends, character + len(text)
+        document, character = document + ends, character + len(plain(text))
 
 
 def batches(pieces):
@@ -312,7 +442,7 @@ def batches(pieces):
         batch, size = [], 0
         for _, text, ends in group:
             batch.append((text, ends))
-            size += len(text)
+            size += len(plain(text))
             if size >= PIECE:
                 yield split, batch
                 batch, size = [], 0
@@ -320,29 +450,47 @@ def batches(pieces):
             yield split, batch
 
 
+def plain(document):
+    return document.text() if isinstance(document, Chat) else document
+
+
 def write_bins(pieces, encoder, dtype, folder):
-    """Tokenise (split, text, ends) on all cores, write folder/train.bin and val.bin in order, and return the counts."""
+    """Tokenise (split, text, ends) on all cores, write folder/train.bin and val.bin in order, and return the counts.
+
+    Of chats also train_mask.bin and val_mask.bin, a byte a token: 1 where it is to be trained on; and the counts of
+    these tokens are the targets, those of bytes are theirs.
+    """
     counts = {f'{split}_{what}': 0 for split in ('train', 'val') for what in ('tokens', 'bytes', 'documents')}
 
     def encode(batch):
-        tokens = []
+        tokens, mask, size = [], [], 0
         for text, ends in batch:
-            tokens.append(encoder.encode_to_numpy(text, disallowed_special=()))
-            if ends:
-                tokens.append([encoder.eot_token])
-        return np.concatenate(tokens).astype(dtype), batch
+            if isinstance(text, Chat):
+                for ids, trained in text.examples(encoder):
+                    tokens.append([*ids, encoder.eot_token])
+                    mask += [*trained, 0]
+                    size += len(encoder.decode_bytes(list(itertools.compress(ids, trained))))
+                continue
+            tokens += [encoder.encode_to_numpy(text, disallowed_special=()), *([[encoder.eot_token]] if ends else [])]
+            size += len(text.encode())
+        return np.concatenate(tokens).astype(dtype), np.array(mask, np.uint8), size, sum(ends for _, ends in batch)
 
-    with (open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val,
-          ThreadPoolExecutor(num_proc or os.cpu_count()) as pool,
-          tqdm(desc='tokenising', unit=' tokens', unit_scale=True, leave=False) as progress):
+    with ExitStack() as stack:
+        bins = {split: stack.enter_context(open(folder / f'{split}.bin', 'wb')) for split in ('train', 'val')}
+        pool = stack.enter_context(ThreadPoolExecutor(num_proc or os.cpu_count()))
+        progress = stack.enter_context(tqdm(desc='tokenising', unit=' tokens', unit_scale=True, leave=False))
 
         def write(split, result):
-            tokens, batch = result.result()
-            (train if split == 'train' else val).write(tokens)
+            tokens, mask, size, documents = result.result()
+            bins[split].write(tokens)
+            if len(mask):
+                if f'{split}_mask' not in bins:
+                    bins[f'{split}_mask'] = stack.enter_context(open(folder / f'{split}_mask.bin', 'wb'))
+                bins[f'{split}_mask'].write(mask)
+                counts[f'{split}_targets'] = counts.get(f'{split}_targets', 0) + int(mask.sum())
             progress.update(len(tokens))
-            counts[f'{split}_tokens'] += len(tokens)
-            counts[f'{split}_bytes'] += sum(len(text.encode()) for text, _ in batch)
-            counts[f'{split}_documents'] += sum(ends for _, ends in batch)
+            for what, more in (('tokens', len(tokens)), ('bytes', size), ('documents', documents)):
+                counts[f'{split}_{what}'] += more
 
         waiting = deque()
         for split, batch in batches(pieces):
@@ -363,8 +511,15 @@ def main():
             config.fail(f'--{key}={globals()[key]} must be {wanted}')
     name = Path(dataset if '://' in dataset else dataset.partition(':')[0]).stem
     folder = Path(data_dir or Path('data') / (name.replace('*', '') or 'text'))
-    encoder = None if tokenizer in PATTERNS else encoding(tokenizer)
-    source = open_source()
+    encoder, source = None, open_source()
+    if Path(tokenizer, 'meta.json').is_file():
+        encoder = load_tokenizer(tokenizer)
+    elif tokenizer not in PATTERNS:
+        encoder = encoding(tokenizer)
+    chats = any(isinstance(text, Chat) for text, _ in itertools.islice(source['train'](), 1))
+    if chats and encoder and not encoder.special_tokens_set.issuperset(HARMONY):
+        config.fail(f"{dataset} holds chats, and {encoder.name} has none of harmony's tokens such as <|start|>; take "
+                    '--tokenizer=o200k_harmony, or bpe, byte or char')
 
     # First pass, where the split or the tokenizer asks for one: count, and learn the tokenizer.
     counts = dict(documents=0, characters=0)
@@ -372,17 +527,19 @@ def main():
     def counted():
         for text, ends in tqdm(itertools.chain(*(pieces() for pieces in source.values())), 'reading',
                                unit=' documents', leave=False):
+            if isinstance(text, Chat) != chats:
+                config.fail(f'{dataset} holds texts and chats; prepare them one at a time')
             counts['documents'] += ends
-            counts['characters'] += len(text)
-            yield text
+            counts['characters'] += len(plain(text))
+            yield plain(text)
 
-    if tokenizer in PATTERNS or 'validation' not in source:
+    if not encoder or 'validation' not in source:
         texts = counted()
         ranks = train_tokenizer(texts) if encoder is None else None
         deque(texts, maxlen=0)  # what the tokenizer did not ask for
         if not counts['characters']:
             config.fail(f'{dataset} holds no text')
-        encoder = encoder or encoding(tokenizer, ranks)
+        encoder = encoder or encoding(tokenizer, ranks, (END, *(HARMONY if chats else ())))
 
     # Second pass: tokenise and write. Files get their names when all is well, meta.json last.
     if 'validation' in source:
@@ -391,7 +548,7 @@ def main():
     else:
         pieces = divide(source['train'](), **counts)
     dtype = np.dtype(np.uint16 if encoder.max_token_value < 2 ** 16 else np.uint32)
-    meta = dict(dataset=dataset, tokenizer=tokenizer, vocab_size=encoder.max_token_value + 1,
+    meta = dict(dataset=dataset, tokenizer=encoder.name, vocab_size=encoder.max_token_value + 1,
                 eot_token=encoder.eot_token, dtype=dtype.name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as partial:
@@ -405,14 +562,17 @@ def main():
             # what a perfect model would score on val.bin, in nats a token, if it saw every story from its beginning
             nats = [nats for _, nats in builtin_stories(megabytes, seed)][:max_docs or None]
             meta['perfect_loss'] = sum(nats[meta['train_documents']:]) / meta['val_tokens']
-        if tokenizer in PATTERNS:
+        if encoder.name in PATTERNS:
             table = (f'{base64.b64encode(encoder.decode_single_token_bytes(rank)).decode()} {rank}\n'
                      for rank in range(encoder.eot_token))
             (partial / 'tokenizer.tiktoken').write_text(''.join(table))
+            meta['special_tokens'] = sorted(encoder._special_tokens, key=encoder._special_tokens.get)
         (partial / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
-        for file in ('meta.json', 'tokenizer.tiktoken'):
-            (folder / file).unlink(missing_ok=True)
-        for file in ('train.bin', 'val.bin', 'tokenizer.tiktoken', 'meta.json'):
+        files = 'train.bin', 'train_mask.bin', 'val.bin', 'val_mask.bin', 'tokenizer.tiktoken', 'meta.json'
+        for file in reversed(files):
+            if file not in ('train.bin', 'val.bin'):
+                (folder / file).unlink(missing_ok=True)
+        for file in files:
             if (partial / file).exists():
                 (partial / file).replace(folder / file)
     tokens, size = (sum(meta[f'{split}_{what}'] for split in ('train', 'val')) for what in ('tokens', 'bytes'))
@@ -425,5 +585,5 @@ if __name__ == '__main__':
     globals().update(settings)
     try:
         main()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         config.fail(error)

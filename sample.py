@@ -1,14 +1,18 @@
 """
-Continue a text with a trained model, printed as it is drawn:
+Continue a text with a trained model, printed as it is drawn; chat with it; or write it for other programs:
 
     python sample.py --start="Once upon a time"
     python sample.py --init_from=openai/gpt-oss-20b --start=FILE:prompt.txt --temperature=0
+    python sample.py --init_from=openai/gpt-oss-20b --chat --experts=mxfp4
+    python sample.py --export=exported --dtype=bfloat16
 """
 
 import config  # first, for it makes Ctrl-C quiet
 
 import codecs
+import itertools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,11 +21,15 @@ import torch
 
 from bench import pick_device
 from model import GPT
-from prepare import encode_prompt, encoding, load_tokenizer
+from prepare import HARMONY, Chat, encode_prompt, encoding, load_tokenizer, stop_tokens, write_tokenizer
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # a run of train.py; its best checkpoint speaks, or its last where there is no best
 init_from = ''  # the folder or hub id of a checkpoint, instead of out_dir
+chat = False  # talk: every line of input is a message, with the tokens that gpt-oss has for chats
+system = ''  # with chat: instructions that come first
+reasoning_effort = 'medium'  # with chat: low, medium or high
+export = ''  # write the model to this folder instead, for transformers and others: adapters merged, tokenizer beside it
 start = ''  # the text to continue, or FILE:NAME to read it from a file; empty: the end-of-text token
 num_samples = 1  # texts to draw
 max_new_tokens = 500  # the longest continuation, in tokens
@@ -33,12 +41,16 @@ min_p = 0.0  # draw from the tokens at least this fraction as likely as the like
 seed = 1337  # of the draws
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that the device is fast in
+experts = ''  # mxfp4: keep, or export, the experts' matrices at four bits a value
 # -----------------------------------------------------------------------------
 
 
 def load(path, dtype, device):
     """The model of a checkpoint; its tokenizer, gpt-oss's if none is beside it; the block it was trained on."""
-    model, meta = GPT.from_pretrained(path, dtype, device), Path(path, 'meta.json')
+    keep_packed = experts if not export else None  # exporting packs after adapters are merged
+    model, meta = GPT.from_pretrained(path, dtype, device, keep_packed or None), Path(path, 'meta.json')
+    if model.lora and not keep_packed:
+        model.merge_lora()
     if meta.exists():
         return model, load_tokenizer(path), json.loads(meta.read_text()).get('block_size')
     if model.config.vocab_size == 201088:
@@ -47,9 +59,58 @@ def load(path, dtype, device):
                      'copy meta.json (and tokenizer.tiktoken) from its data')
 
 
+def decoded(encoder, tokens):
+    """Pieces of text as tokens come. A token may end within a character, so incomplete bytes are held back."""
+    utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+    for token in tokens:
+        yield utf8.decode(encoder.decode_single_token_bytes(token))
+    yield utf8.decode(b'', final=True)
+
+
+def show(pieces):
+    """Print pieces as they come, and return the whole."""
+    text = ''
+    for piece in pieces:
+        print(piece, end='', flush=True)
+        text += piece
+    return text
+
+
+def converse(draw, encoder):
+    """Read messages and print answers, each channel under its name, until the input ends."""
+    if missing := [token for token in HARMONY if token not in encoder.special_tokens_set]:
+        config.fail(f'this model was not made for chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
+                    'one on data that python prepare.py --dataset=CHATS.jsonl made')
+    message, channel, end = (encoder.encode_single_token(f'<|{name}|>') for name in ('message', 'channel', 'end'))
+    messages = [dict(role='system', content=system)] if system else []
+    while True:
+        try:
+            line = input('\n> ' if sys.stdin.isatty() else '').strip()
+        except EOFError:
+            return
+        if not line:
+            continue
+        messages.append(dict(role='user', content=line))
+        tokens = draw(Chat(messages).prompt(encoder, reasoning_effort))
+        name = None  # of the channel whose header is being read
+        for token in tokens:
+            if token == channel:
+                name = []
+            elif token == message:
+                name = encoder.decode(name or []) or 'final'
+                print(f'[{name}]')
+                text = show(decoded(encoder, itertools.takewhile(lambda token: token != end, tokens)))
+                print()
+                if name in ('analysis', 'commentary', 'final'):
+                    messages.append(dict(role='assistant', channel=name, content=text))
+                name = None
+            elif name is not None:
+                name.append(token)
+
+
 def main():
     folders = (Path(out_dir, d) for d in ('best', 'last', 'last.old', '.'))
-    path = init_from or next((str(p) for p in folders if (p / 'config.json').exists()), None)
+    path = init_from or next((str(p) for p in folders for f in ('config', 'adapter') if (p / f'{f}.json').exists()), None)
     if path is None:
         config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with '
                     '--out_dir or --init_from')
@@ -58,27 +119,41 @@ def main():
         if not good:
             config.fail(f'{key} is {globals()[key]}; num_samples and max_new_tokens are at least 1, '
                         'top_k and context at least 0')
+    if reasoning_effort not in ('low', 'medium', 'high'):
+        config.fail(f'reasoning_effort is {reasoning_effort!r}; it is low, medium or high')
     where, kind = pick_device(device, dtype)
     torch.manual_seed(seed)
+    if export and Path(export).exists():
+        config.fail(f'{export} is there already; --export wants a new folder')
     model, encoder, block_size = load(path, getattr(torch, kind), where)
+    if export:
+        model.save_pretrained(export, experts=experts or None)
+        write_tokenizer(encoder, Path(export))
+        for file in ('meta.json', 'tokenizer.tiktoken'):  # with which it is at home here, too
+            if Path(path, file).exists():
+                shutil.copy(Path(path, file), export)
+        return print(f'{export}: {model.num_parameters():,} parameters, {kind}{", experts mxfp4" if experts else ""}')
     options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
-    text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8') if start.startswith('FILE:') else start
-    prompt = encode_prompt(encoder, text) or [encoder.eot_token]
-    ends = {encoder.eot_token} | (
-        {200002, 200012} if encoder.name == 'o200k_harmony' else set())  # and return, call
-    idx = torch.tensor([prompt], device=where)
-    for _ in range(num_samples):
-        # A token may end within a character, so an incremental decoder holds incomplete bytes back.
-        utf8 = codecs.getincrementaldecoder('utf-8')('replace')
-        print(text, end='', flush=True)
+    ends = set(stop_tokens(encoder))
+
+    def draw(prompt):
+        """Yield tokens until one of ends comes, then tell how long it took."""
         began, drawn = time.perf_counter(), 0
-        for token in model.stream(idx, max_new_tokens, *options):
+        for token in model.stream(torch.tensor([prompt], device=where), max_new_tokens, *options):
             drawn += 1
             if token.item() in ends:
                 break
-            print(utf8.decode(encoder.decode_single_token_bytes(token.item())), end='', flush=True)
-        print(utf8.decode(b'', final=True))
+            yield token.item()
         print(f'--- {drawn} tokens, {drawn / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
+
+    if chat:
+        return converse(draw, encoder)
+    text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8') if start.startswith('FILE:') else start
+    prompt = encode_prompt(encoder, text) or [encoder.eot_token]
+    for _ in range(num_samples):
+        print(text, end='', flush=True)
+        show(decoded(encoder, draw(prompt)))
+        print()
 
 
 if __name__ == '__main__':

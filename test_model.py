@@ -4,6 +4,7 @@ The tests: parity with transformers' GptOssForCausalLM, and what the scripts pro
     pytest -q test_model.py
 """
 
+import base64
 import contextlib
 import copy
 import io
@@ -792,6 +793,94 @@ def test_broken_checkpoints(tmp_path):
         GPT.from_pretrained(tmp_path / 'nowhere')
 
 
+def adapted(**changes):
+    """A model with adapters, none of which is zero."""
+    model = make(**changes)
+    model.add_lora(3, 6.0)
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if 'lora.' in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_lora():
+    """W + alpha / rank * B A on each matrix of attention and of every expert, its gradients too, and nothing else's."""
+    model = adapted()
+    adapters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if 'lora.' in name}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == adapters.keys()
+    assert len(adapters) == 2 * 6 * SMALL['num_hidden_layers']
+    plain, weights, used = make(), {}, set()
+    for name, p in plain.named_parameters():
+        key = name.replace('_weight', '_lora') if '.experts.' in name else name.replace('.weight', '.lora')
+        weights[name] = p.detach()
+        if f'{key}.a' in adapters:
+            weights[name] = p.detach() + 2.0 * adapters[f'{key}.b'] @ adapters[f'{key}.a']
+            used |= {f'{key}.a', f'{key}.b'}
+    assert used == adapters.keys()
+    x = torch.randint(SMALL['vocab_size'], (2, 40))
+    expected = torch.func.functional_call(plain.train(), weights, (x, x))[1]
+    expected.backward()
+    loss = model.train()(x, x, return_logits=False)[1]
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for name, p in model.named_parameters():
+        if name in adapters:
+            assert off(p.grad, adapters[name].grad) < 1e-4, name
+        else:
+            assert p.grad is None, name
+    optimizer, = model.configure_optimizers(1e-3, 0.01, (0.9, 0.95), 0.1)  # AdamW alone, and the adapters alone
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(adapters)
+
+    before, tokens = model.eval()(x, x)[0], model.generate(x[:1], 5, temperature=0)
+    with pytest.raises(ValueError, match='merge_lora'):
+        model.save_pretrained('nowhere')
+    model.merge_lora()
+    assert model.num_parameters() == plain.num_parameters() == sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(model(x, x)[0], before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(x[:1], 5, temperature=0), tokens)
+
+
+def test_adapters_alone(tmp_path):
+    """Adapters are saved apart from their base, in fp32, and adapt experts that are kept in MXFP4 too."""
+    shape = dict(hidden_size=64, intermediate_size=32)
+    make(**shape).save_pretrained(tmp_path / 'base')
+    x = torch.randint(SMALL['vocab_size'], (2, 30))
+    for experts in (None, 'mxfp4'):
+        model = GPT.from_pretrained(tmp_path / 'base', torch.float32, experts=experts)
+        before = model(x)[0]
+        model.add_lora(3, 6.0)
+        torch.testing.assert_close(model(x)[0], before, atol=1e-5, rtol=0)  # nothing at first
+        for p in model.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=0.3)
+        model.save_adapter(tmp_path / 'adapter')
+        assert sum(file.stat().st_size for file in (tmp_path / 'adapter').iterdir()) < 4 * sum(
+            p.numel() for p in model.parameters() if p.requires_grad) + 10000
+        again = GPT.from_pretrained(tmp_path / 'adapter', torch.float32, experts=experts)
+        assert torch.equal(again(x)[0], model(x)[0]) and not torch.allclose(model(x)[0], before, atol=1e-2)
+    # over packed experts, gradients are those over the same experts unpacked
+    unpacked = GPT.from_pretrained(tmp_path / 'base', torch.float32)
+    for places in zip(unpacked.model.layers, model.model.layers):
+        for name in ('gate_up_weight', 'down_weight'):
+            ours, packed = (getattr(layer.mlp.experts, name) for layer in places)
+            ours.data = torch.stack([packed[e].float() for e in range(packed.size(0))])
+    unpacked.add_lora(3, 6.0)
+    unpacked.load_state_dict({name: p for name, p in model.named_parameters() if 'lora.' in name}, strict=False)
+    for m in (model, unpacked):
+        m.train()(x, x)[1].backward()
+    grads = [{name: p.grad for name, p in m.named_parameters() if p.grad is not None} for m in (model, unpacked)]
+    assert grads[0].keys() == grads[1].keys() and all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    with pytest.raises(ValueError, match='four bits'):
+        model.merge_lora()
+    with pytest.raises(ValueError, match='no adapters of a saved model'):
+        adapted().save_adapter(tmp_path / 'other')
+    (tmp_path / 'adapter' / 'adapter.json').write_text(json.dumps(dict(
+        base=str(tmp_path / 'base'), lora_rank=2, lora_alpha=6.0)))
+    with pytest.raises(ValueError, match='does not fit .*base.*q_proj.lora.a'):
+        GPT.from_pretrained(tmp_path / 'adapter')
+
+
 @pytest.mark.parametrize('changes, message', [
     (dict(num_key_value_heads=4), '6.*4'), (dict(num_experts_per_tok=6), '6.*5'),
     (dict(sliding_window=0), 'sliding_window is 0'), (dict(head_dim=9), 'head_dim is 9'),
@@ -964,6 +1053,132 @@ def test_pieces_change_nothing(tmp_path, monkeypatch):
     for name in ('o200k_harmony', 'gpt2'):
         encoder = vocabulary(name)
         assert [t for piece, _ in pieces for t in encoder.encode_ordinary(piece)] == encoder.encode_ordinary(text)
+
+
+CHATS = [
+    [dict(role='system', content='Be brief.'), dict(role='user', content='Hi <|end|> there'),
+     dict(role='assistant', thinking='A greeting.', content='Hello!'), dict(role='user', content='Bye'),
+     dict(role='assistant', channel='analysis', content='They go.'), dict(role='assistant', content='Farewell!')],
+    [dict(role='user', content='1 + 1?'), dict(role='assistant', content='2')]] * 6
+
+
+def write_chats(path, chats=CHATS):
+    path.write_text(''.join(json.dumps(dict(messages=chat)) + '\n' for chat in chats))
+    return path
+
+
+@pytest.mark.parametrize('tokenizer', ['o200k_harmony', 'bpe', 'byte', 'char'])
+def test_chat_masks(tokenizer, tmp_path):
+    """Every turn of the assistant is an example: what it saw then, and its own tokens, which alone are trained on."""
+    if tokenizer == 'o200k_harmony':
+        vocabulary(tokenizer)
+    file = write_chats(tmp_path / 'chats.jsonl')
+    status, _, err = run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}', f'--tokenizer={tokenizer}',
+                         '--vocab_size=300')
+    assert status == 0, err
+    meta, encoder = json.loads((tmp_path / 'meta.json').read_text()), prepare.load_tokenizer(tmp_path)
+    tokens = np.concatenate([tokens_of(tmp_path, split) for split in ('train', 'val')])
+    mask = np.concatenate([np.fromfile(tmp_path / f'{split}_mask.bin', np.uint8) for split in ('train', 'val')])
+    assert len(mask) == len(tokens) and meta['train_targets'] + meta['val_targets'] == mask.sum()
+    start = '<|start|>system<|message|>' + prepare.SYSTEM.format('medium') + '<|end|>'
+    first = (start + '<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>Hi <|end|> '
+             'there<|end|><|start|>assistant')
+    expected = [
+        (first, '<|channel|>analysis<|message|>A greeting.<|end|><|start|>assistant<|channel|>final<|message|>Hello!'
+                '<|return|>'),
+        (first + '<|channel|>final<|message|>Hello!<|end|><|start|>user<|message|>Bye<|end|><|start|>assistant',
+         '<|channel|>analysis<|message|>They go.<|end|><|start|>assistant<|channel|>final<|message|>Farewell!'
+         '<|return|>'),
+        (start + '<|start|>user<|message|>1 + 1?<|end|><|start|>assistant', '<|channel|>final<|message|>2<|return|>')]
+    ends = np.flatnonzero(tokens == encoder.eot_token)
+    assert len(ends) == 18 and not mask[ends].any()
+    pieces = np.split(np.arange(len(tokens)), ends + 1)[:-1]
+    for piece, (prompt, answer) in zip(pieces, expected * 6):
+        document, trained = tokens[piece[:-1]], mask[piece[:-1]]
+        assert encoder.decode(document.tolist()) == prompt + answer
+        assert encoder.decode(document[trained == 1].tolist()) == answer and (np.diff(trained.astype(int)) >= 0).all()
+    # what a user wrote is text, though it looks like a special token
+    assert (tokens == encoder.encode_single_token('<|end|>')).sum() == 6 * (4 + 6 + 2)
+    assert meta['train_bytes'] + meta['val_bytes'] == 6 * sum(len(answer) for _, answer in expected)
+
+
+def test_bad_chats(tmp_path):
+    user, answer = dict(role='user', content='hi'), dict(role='assistant', content='yes')
+    for chat, words in (
+            ([user], ['row 0', 'no final answer']), ([user, dict(role='robot', content='x')], ['message 2', 'role']),
+            ([dict(role='user', content=None), answer], ['message 1', 'content']), ([user, 'yes'], ['message 2']),
+            ([user, answer | dict(tool_calls=[dict(name='f')])], ['message 2', 'calls a tool']),
+            ([user, answer | dict(channel='loud')], ['message 2', "'loud'"])):
+        try:
+            file = write_chats(tmp_path / 'chats.jsonl', [chat] * 3)
+        except TypeError:
+            continue
+        refused(run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}/data', '--tokenizer=byte'), *words)
+    file = write_chats(tmp_path / 'chats.jsonl')
+    vocabulary('gpt2')
+    refused(run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}/data', '--tokenizer=gpt2'), 'gpt2', '<|start|>')
+
+
+def test_harmony(tmp_path, monkeypatch):
+    """Our rendering against openai-harmony's, token for token."""
+    harmony = pytest.importorskip('openai_harmony')
+    encoder = vocabulary('o200k_harmony')
+    table = (base64.b64encode(token) + b' %d' % rank for token, rank in encoder._mergeable_ranks.items())
+    (tmp_path / 'o200k_base.tiktoken').write_bytes(b'\n'.join(table) + b'\n')
+    monkeypatch.setenv('TIKTOKEN_ENCODINGS_BASE', str(tmp_path))
+    theirs, message = harmony.load_harmony_encoding('HarmonyGptOss'), harmony.Message.from_role_and_content
+    for chat, effort in ((CHATS[0], 'high'), (CHATS[0][:4], 'low'), (CHATS[1], 'medium'), (CHATS[0][1:2], 'medium')):
+        system = harmony.SystemContent.new().with_reasoning_effort(harmony.ReasoningEffort(effort.title()))
+        messages = [message(harmony.Role.SYSTEM, system)]
+        for role, channel, text in prepare.Chat(chat).parts:
+            if role == 'developer':
+                text = harmony.DeveloperContent.new().with_instructions(text.removeprefix('# Instructions\n\n'))
+            messages.append(message(harmony.Role(role), text))
+            if channel:
+                messages[-1] = messages[-1].with_channel(channel)
+        ours = [part for part in messages if part.channel != 'analysis']
+        expected = theirs.render_conversation_for_completion(harmony.Conversation.from_messages(ours),
+                                                             harmony.Role.ASSISTANT)
+        assert prepare.Chat(chat).prompt(encoder, effort) == expected
+        if effort == 'medium' and chat[-1]['role'] == 'assistant':
+            (tokens, _), = prepare.Chat(chat).examples(encoder)
+            assert tokens == theirs.render_conversation_for_training(harmony.Conversation.from_messages(messages))
+    assert set(prepare.stop_tokens(encoder)) == {200002, 199999, 200012} == {199999, *theirs.stop_tokens_for_assistant_actions()}
+
+
+@pytest.mark.parametrize('name', ['o200k_harmony', 'gpt2', 'bpe', 'byte', 'char'])
+def test_tokenizer_json(name, tmp_path):
+    """transformers, from the files we write, numbers texts as tiktoken does, and chats as we do."""
+    transformers = pytest.importorskip('transformers')
+    texts = ["It's 12345678 o'clock\n\n  indented\t\tx = a[1]/2 \r\n\r\n ", 'naïve 日本語 😀 e\u0301 \u00a0\u2003x  ',
+             'WORDS inCamelCase, don\'t I\'LL\n', ' ']
+    rng = random.Random(0)
+    texts += [''.join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(160, 1000), 10, 32, 0x2028, 0x1f600]))
+                      for _ in range(50)) for _ in range(50)]
+    if name in prepare.PATTERNS:
+        file = write_chats(tmp_path / 'chats.jsonl', CHATS + [[dict(role='user', content=text), dict(
+            role='assistant', content='-')] for text in texts])
+        assert run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}', f'--tokenizer={name}',
+                   '--vocab_size=350')[0] == 0
+        encoder = prepare.load_tokenizer(tmp_path)
+    else:
+        encoder = vocabulary(name)
+    prepare.write_tokenizer(encoder, tmp_path)
+    make(vocab_size=encoder.n_vocab).save_pretrained(tmp_path)  # overwrites nothing of it but generation_config.json
+    prepare.write_tokenizer(encoder, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in texts:
+        assert tokenizer.encode(text, add_special_tokens=False) == encoder.encode_ordinary(text), text
+        assert tokenizer.decode(encoder.encode_ordinary(text)) == text
+    assert tokenizer.encode('a<|endoftext|>') == encoder.encode('a<|endoftext|>', allowed_special='all')
+    assert len(tokenizer) == encoder.n_vocab
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert generation.eos_token_id == prepare.stop_tokens(encoder)
+    if '<|start|>' in encoder.special_tokens_set:
+        chat = [CHATS[0][0], CHATS[1][0], *CHATS[1][1:], *CHATS[0][3:]]
+        theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, reasoning_effort='high')
+        theirs = theirs if isinstance(theirs, list) else theirs['input_ids']
+        assert theirs == prepare.Chat(chat).prompt(encoder, 'high')
 
 
 @pytest.mark.parametrize('suffix', ['csv', 'json', 'parquet'])
@@ -1141,7 +1356,7 @@ def test_batches_and_schedule(tmp_path):
     epochs = [sorted(names['block_starts'](epoch)) for epoch in range(6)]
     for starts in epochs:
         assert len(starts) == names['blocks'] and set(np.diff(starts)) == {16} and 0 <= starts[0]
-        assert starts[-1] + 16 < len(names['train_tokens'])
+        assert starts[-1] + 16 < len(names['tokens']['train'])
     assert len({starts[0] for starts in epochs}) > 1  # blocks are cut elsewhere every time
     assert list(names['block_starts'](0)) not in (epochs[0], list(names['block_starts'](1)))
     # without the balancing loss, which depends on what is in a batch
@@ -1175,9 +1390,9 @@ def test_validation_rows(tmp_path):
         assert run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/{len(options)}', *TINY, '--sample_tokens=0',
                    '--max_iters=1', '--eval_iters=0')[0] == 0
         names = run.names
-        tokens, end, told, losses = names['val_tokens'], names['end_of_text'], [], []
+        tokens, end, told, losses = names['tokens']['val'], names['end_of_text'], [], []
         names['model'].eval()
-        for start in names['val_rows']:
+        for start in names['rows']['val']:
             row = tokens[start:start + 17].astype(np.int64)
             last = max([i for i in range(1, 17) if row[i] == end], default=16)
             told += range(start + 1, start + last + 1)
@@ -1216,6 +1431,89 @@ def test_mixed_precision_and_overwriting(tmp_path):
     refused(run(*resume, '--max_iters=9'), 'state.json', 'damaged')
     make_data(tmp_path, text='THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG ' * 40)
     refused(run('train.py', *common, out, f'--init_from={tmp_path}/moved/last'), 'another tokenizer')
+
+
+def test_chat(tmp_path):
+    """Trained on chats, a model answers and stops; adapters alone do it too; and what is exported answers the same."""
+    transformers = pytest.importorskip('transformers')
+    answers = {'red': 'stop', 'green': 'go', 'yellow': 'wait'}
+    chats = [[dict(role='user', content=color), dict(role='assistant', thinking='Hm.', content=answers[color])]
+             for color in list(answers) * 8]
+    file = write_chats(tmp_path / 'chats.jsonl', chats)
+    status, _, err = run('prepare.py', f'--dataset={file}', '--tokenizer=bpe', '--vocab_size=300', '--data_dir=data',
+                         cwd=tmp_path)
+    assert status == 0, err
+    tokens = tokens_of(tmp_path / 'data', 'val')
+    shape = [f'--block_size={max(96, 2 * tokens.index(299))}', '--batch_size=4', '--hidden_size=64', '--head_dim=16',
+             '--intermediate_size=32', '--num_hidden_layers=2', '--device=cpu', '--dtype=float32', '--data_dir=data',
+             '--sample_tokens=30', '--start=red', '--warmup_iters=5', '--eval_iters=0']
+    status, out, err = run('train.py', *shape, '--max_iters=100', '--eval_interval=50', '--out_dir=out', cwd=tmp_path)
+    assert status == 0 and 'stop<|return|>' in out, out
+    loss = float(re.findall(r'best val loss ([0-9.]+)', out)[0])
+
+    # the loss is that of the assistant's tokens alone, each chat seen from its beginning
+    encoder, model = prepare.load_tokenizer(tmp_path / 'data'), GPT.from_pretrained(tmp_path / 'out/best', torch.float32)
+    model.eval()
+    total, count = 0.0, 0
+    for chat in chats[-2:]:
+        (tokens, mask), = prepare.Chat(chat).examples(encoder)
+        tokens, mask = torch.tensor([tokens]), torch.tensor([mask])
+        targets = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
+        total, count = total + model(tokens[:, :-1], targets)[1].item() * mask.sum().item(), count + mask.sum().item()
+    assert count > 10 and loss < 0.2 and abs(total / count - loss) < 0.02
+
+    def chat_with(*arguments, words='red\n\ngreen\nyellow\n'):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, 'stdin', io.StringIO(words))
+            status, out, err = run('sample.py', '--chat', '--temperature=0', '--dtype=float32', '--device=cpu',
+                                   '--max_new_tokens=40', *arguments, cwd=tmp_path)
+        assert status == 0, err
+        return out
+
+    expected = ''.join(f'[analysis]\nHm.\n[final]\n{answer}\n' for answer in ('stop', 'go', 'wait'))
+    assert chat_with('--out_dir=out', words='red\n').startswith('[analysis]\nHm.\n[final]\nstop\n')
+    assert '[final]' in chat_with('--out_dir=out')
+
+    status, out, err = run('sample.py', '--out_dir=out', '--export=exported', '--dtype=float32', cwd=tmp_path)
+    assert status == 0, err
+    refused(run('sample.py', '--out_dir=out', '--export=exported', cwd=tmp_path), 'exported is there already')
+    theirs = transformers.GptOssForCausalLM.from_pretrained(tmp_path / 'exported', dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+    prompt = tokenizer.apply_chat_template([dict(role='user', content='green')], add_generation_prompt=True,
+                                           return_tensors='pt', return_dict=True)
+    answer = tokenizer.decode(theirs.generate(**prompt, max_new_tokens=40, do_sample=False)[0])
+    assert answer.endswith('<|channel|>final<|message|>go<|return|>')
+    assert 'stop' in chat_with('--init_from=exported', words='red\n')
+
+    # the answers in turn, learned by adapters alone
+    other = [[chat[0], following[1]] for chat, following in zip(chats, chats[1:] + chats[:1])]
+    write_chats(file, other)
+    status, _, err = run('prepare.py', f'--dataset={file}', '--tokenizer=out/best', '--data_dir=data', cwd=tmp_path)
+    assert status == 0, err
+    status, out, err = run('train.py', *shape[:2], *shape[6:], '--max_iters=50', '--eval_interval=25', '--init_from=out/best',
+                           '--lora_rank=4', '--out_dir=adapted', cwd=tmp_path)
+    assert status == 0 and 'go<|return|>' in out, out
+    adapter = tmp_path / 'adapted/best'
+    assert not list(adapter.glob('model*')) and (adapter / 'adapter.safetensors').stat().st_size < 120_000
+    assert 'go\n' in chat_with('--out_dir=adapted', words='red\n')
+    status, out, err = run('train.py', '--out_dir=adapted', '--init_from=resume', '--max_iters=51', cwd=tmp_path)
+    assert status == 0, err
+    status, _, err = run('sample.py', '--out_dir=adapted', '--export=both', '--experts=mxfp4', cwd=tmp_path)
+    assert status == 0, err
+    assert GPT.from_pretrained(tmp_path / 'both', torch.float32, experts='mxfp4')
+    refused(run('train.py', *shape, '--lora_rank=4', '--out_dir=new', cwd=tmp_path), 'lora_rank', '--init_from')
+    refused(run('train.py', *shape, '--init_from=out/best', '--experts=mxfp4', '--out_dir=new', cwd=tmp_path), 'experts')
+    (tmp_path / 'data/val_mask.bin').write_bytes(b'abc')
+    refused(run('train.py', *shape, '--init_from=out/best', '--out_dir=new', cwd=tmp_path), 'val_mask.bin', '3 bytes')
+
+
+def test_nothing_to_learn():
+    """A batch without a target has the loss 0 and no gradient, not NaN."""
+    model = make()
+    x = torch.randint(SMALL['vocab_size'], (2, 10))
+    loss = model(x, torch.full_like(x, -1), return_logits=False)[1]
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_interrupt_and_resume(tmp_path):

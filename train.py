@@ -4,6 +4,7 @@ Train a GPT-OSS. With no arguments it makes up a corpus of small stories and lea
     python train.py
     python train.py config/tinystories.py --batch_size=32
     python train.py --out_dir=out --init_from=resume
+    python train.py --init_from=openai/gpt-oss-20b --data_dir=data/chats --lora_rank=8 --out_dir=out-chats
 
 Every setting below is a flag, and so is every field of model.py's GPTConfig; --help lists them all.
 """
@@ -17,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +38,9 @@ out_dir = 'out'  # gets best/ and last/ (checkpoints that transformers loads too
 data_dir = 'data/builtin'  # what prepare.py wrote; the default is made on first use
 init_from = 'scratch'  # scratch, resume (the run in out_dir), or the folder or hub id of a checkpoint to start from
 overwrite = False  # replace the run that is in out_dir
+lora_rank = 0  # fine-tune by adapters of this rank on attention and experts, the model itself frozen; 0: all of it
+lora_alpha = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
+experts = ''  # mxfp4: with lora_rank, keep the frozen experts at four bits a value
 # batches
 batch_size = 16  # sequences that go through the model together
 block_size = 256  # tokens in a sequence
@@ -110,6 +115,11 @@ for key in ('beta1', 'beta2', 'cooldown'):
           f'{key} is {settings[key]}; it must be at least 0 and below 1')
 check(lr_schedule in ('cosine', 'linear', 'constant'),
       f'lr_schedule is {lr_schedule!r}; it is cosine, linear or constant')
+check(lora_rank >= 0 and lora_alpha > 0, f'lora_rank is {lora_rank} and lora_alpha {lora_alpha}; lora_rank is at least 0, '
+                                         'lora_alpha above it')
+check(not lora_rank or init_from != 'scratch', 'lora_rank adapts a model that there is already: give --init_from=FOLDER')
+check(experts in ('', 'mxfp4') and (lora_rank or not experts),
+      f'experts is {experts!r}; it is mxfp4, together with --lora_rank, or empty')
 device, dtype = pick_device(device, dtype)
 device_type = torch.device(device).type
 out = Path(out_dir)
@@ -133,8 +143,9 @@ try:
     meta = json.loads((data / 'meta.json').read_text())
     sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
     token_dtype, vocabulary = np.dtype(meta['dtype']), meta['vocab_size']
-    end_of_text = meta.get('eot_token', -1)
-    bytes_per_token, perfect = meta['val_bytes'] / meta['val_tokens'], float(meta.get('perfect_loss', 'nan'))
+    end_of_text, chats = meta.get('eot_token', -1), 'val_targets' in meta  # chats: with masks of what to train on
+    bytes_per_token = meta['val_bytes'] / meta['val_targets' if chats else 'val_tokens']
+    perfect = float(meta.get('perfect_loss', 'nan'))
     numbers = *sizes.values(), vocabulary, meta['val_bytes']
     if not all(isinstance(n, int) and n > 0 for n in numbers) or token_dtype.name not in ('uint16', 'uint32'):
         raise ValueError(f'sizes {numbers}, dtype {token_dtype}')
@@ -150,11 +161,20 @@ try:
     else:
         source = state_file.parent if init_from == 'resume' else init_from
         asked = given & shape.keys() | {'router_aux_loss_coef', *(['attention_dropout'] if 'dropout' in given else [])}
-        model = GPT.from_pretrained(source, torch.float32, **{key: shape[key] for key in asked})
+        frozen = lora_rank or Path(source, 'adapter.json').exists()
+        model = GPT.from_pretrained(source, getattr(torch, dtype) if frozen else torch.float32, device, experts or None,
+                                    **{key: shape[key] for key in asked})
+        if lora_rank and not model.lora:
+            model.add_lora(lora_rank, lora_alpha)
+        check(not lora_rank or lora_rank == model.lora['lora_rank'],
+              f'{source} has adapters of lora_rank {(model.lora or settings)["lora_rank"]}, not {lora_rank}')
         for file in ('meta.json', 'tokenizer.tiktoken'):  # beside a checkpoint of ours is what it was trained on
-            theirs, ours = (json.loads(p.read_text())['tokenizer'] if file == 'meta.json' else p.read_text()
-                            for p in (Path(source, file), data / file)) if Path(source, file).exists() else (0, 0)
-            check(theirs == ours, f'{source} was trained with another tokenizer than that of {data_dir}')
+            if Path(source, file).exists():
+                theirs, ours = ([json.loads(text).get(key) for key in ('tokenizer', 'special_tokens')]
+                                if file == 'meta.json' else text
+                                for text in (Path(source, file).read_text(), (data / file).read_text()))
+                check(theirs == ours, f'{source} was trained with another tokenizer than that of {data_dir}; prepare '
+                                      f'the data with --tokenizer={source}')
 except ValueError as error:
     config.fail(error)
 vocab_size = model.config.vocab_size
@@ -183,6 +203,9 @@ else:
                     f'another --out_dir')
 
 
+masks = {}  # of chats
+
+
 def open_bin(split):
     path = data / f'{split}.bin'
     found, expected = path.stat().st_size if path.exists() else 'no file', sizes[split] * token_dtype.itemsize
@@ -191,6 +214,10 @@ def open_bin(split):
     check(sizes[split] > block_size, f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = '
                                      f'{block_size + 1}; take a smaller --block_size or more text')
     tokens = np.memmap(path, token_dtype, 'r')
+    if chats:
+        masks[split] = np.memmap(data / f'{split}_mask.bin', np.uint8, 'r') if (data / f'{split}_mask.bin').exists() else ()
+        check(len(masks[split]) == len(tokens), f'{data}/{split}_mask.bin: found {len(masks[split])} bytes, expected '
+                                                f'{len(tokens)}, one a token; prepare again')
     largest = max(int(tokens[i:i + 2 ** 24].max()) for i in range(0, len(tokens), 2 ** 24))
     check(largest < vocab_size, f'{path} holds the token id {largest}, but the model has vocab_size {vocab_size}')
     return tokens
@@ -200,7 +227,7 @@ def cut_into_rows(tokens):
     """Starts of rows of block_size that begin at the end of a document, to foretell all of the next, or go on in a
     longer one: a document that does not end in its row, though another does, has the next row. What is left and less
     than a row stays out."""
-    ends = np.append(0, np.flatnonzero(tokens == end_of_text))
+    ends = np.append(0, np.flatnonzero(tokens == end_of_text) + chats)  # a chat begins after what ended the last one
     starts = [0]
     while starts[-1] + block_size < len(tokens):
         last = ends[np.searchsorted(ends, starts[-1] + block_size, 'right') - 1]  # the last end until the row's end
@@ -208,26 +235,37 @@ def cut_into_rows(tokens):
     return np.array(starts[:-1])
 
 
-train_tokens, val_tokens = open_bin('train'), open_bin('val')
-val_rows = cut_into_rows(val_tokens)
-blocks = max(1, (len(train_tokens) - block_size) // block_size)  # in an epoch
+tokens = {split: open_bin(split) for split in ('train', 'val')}
+rows = {split: cut_into_rows(tokens[split]) for split in (['train', 'val'] if chats else ['val'])}
+blocks = len(rows['train']) if chats else max(1, (sizes['train'] - block_size) // block_size)  # in an epoch
 
 
 @lru_cache(maxsize=2)
 def block_starts(epoch):
-    """Every epoch cuts the training tokens into blocks at another offset and draws each block once."""
+    """Every epoch cuts the training tokens into blocks at another offset, chats into rows, and draws each one once."""
     rng = np.random.default_rng((seed, epoch))
-    offset = rng.integers(min(block_size, len(train_tokens) - blocks * block_size))
+    if chats:
+        return rows['train'][rng.permutation(blocks)]
+    offset = rng.integers(min(block_size, sizes['train'] - blocks * block_size))
     return offset + block_size * rng.permutation(blocks)
 
 
-def to_device(tokens, starts):
-    """The blocks of tokens at these starts -> inputs and targets, int64 (B, T)."""
-    rows = torch.from_numpy(np.stack([tokens[i:i + block_size + 1] for i in starts]).astype(np.int64))
+def to_device(split, starts):
+    """The blocks of a split's tokens at these starts -> inputs and targets, int64 (B, T); target -1 does not count."""
+    block = torch.from_numpy(np.stack([tokens[split][i:i + block_size + 1] for i in starts]).astype(np.int64))
+    if chats:
+        trained = torch.from_numpy(np.stack([masks[split][i + 1:i + block_size + 1] for i in starts]))
+        block = torch.cat((block, trained), dim=1)
     if device_type == 'cuda':
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
+        block = block.pin_memory()
+    block = block.to(device, non_blocking=True)
+    x, y = block[:, :block_size], block[:, 1:block_size + 1]
+    if split in rows:  # what comes after the last whole document of a row begins another row
+        is_end = y == end_of_text
+        y = y.masked_fill((is_end.flip(1).cumsum(1).flip(1) == 0) & is_end.any(1, keepdim=True), -1)
+    if chats:
+        y = y.masked_fill(block[:, block_size + 1:] == 0, -1)
+    return x, y
 
 
 def train_batch():
@@ -235,7 +273,7 @@ def train_batch():
     global sequences
     sequences += batch_size
     numbers = range(sequences - batch_size, sequences)
-    return to_device(train_tokens, [block_starts(i // blocks)[i % blocks] for i in numbers])
+    return to_device('train', [block_starts(i // blocks)[i % blocks] for i in numbers])
 
 
 # --- what happens at intervals --------------------------------------------------------------------------------------
@@ -244,18 +282,16 @@ def train_batch():
 def evaluate():
     """Mean loss in nats a token of eval_iters batches spread over the validation rows, or of all of them."""
     model.eval()
-    starts, total, count = val_rows, torch.zeros((), device=device), 0
+    starts, total, count = rows['val'], torch.zeros((), device=device), 0
     if eval_iters:
         starts = starts[np.linspace(0, len(starts), eval_iters * batch_size, endpoint=False).astype(int)]
-    for rows in np.split(starts, range(batch_size, len(starts), batch_size)):
-        x, y = to_device(val_tokens, rows)
-        is_end = y == end_of_text  # what comes after the last whole document of a row begins another row
-        y = y.masked_fill((is_end.flip(1).cumsum(1).flip(1) == 0) & is_end.any(1, keepdim=True), -1)
+    for batch in np.split(starts, range(batch_size, len(starts), batch_size)):
+        x, y = to_device('val', batch)
         with autocast:
             loss = run(x, y, return_logits=False)[1]
         total, count = total + loss * (y >= 0).sum(), count + (y >= 0).sum()
     model.train()
-    return (total / count).item()
+    return (total / count.clamp(min=1)).item()
 
 
 def expert_report():
@@ -272,11 +308,28 @@ def expert_report():
                 dead_experts=(load == 0).sum(1).tolist(), router_entropy=entropy.tolist())
 
 
+@lru_cache
+def tokenizer_files():
+    """{name: content} of the files by which transformers has the tokenizer too, if it can be had."""
+    from prepare import load_tokenizer, write_tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write_tokenizer(load_tokenizer(data), Path(folder))
+        except (ValueError, SystemExit) as error:
+            print(f'(no tokenizer.json: {error})')
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
 def write_checkpoint(name):
     """Write out_dir/name, whole or not at all: a folder that from_pretrained, sample.py and transformers load."""
     new, old, folder = (out / f'{name}{suffix}' for suffix in ('.new', '.old', ''))
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new, portable=False)
+    if model.lora:
+        model.save_adapter(new)
+    else:
+        model.save_pretrained(new, portable=False)
+    for file, content in tokenizer_files().items():
+        (new / file).write_bytes(content)
     (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=block_size), indent=2))
     if (data / 'tokenizer.tiktoken').exists():
         shutil.copy(data / 'tokenizer.tiktoken', new)
@@ -380,7 +433,7 @@ use_compile = device_type == 'cuda' if compile is None else compile
 run = torch.compile(model) if use_compile else model
 flops, peak = model.flops_per_token(block_size), peak_flops(device, dtype)
 print(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
-      f'{len(train_tokens):,} training tokens; {device}, {dtype}{", compiled" if use_compile else ""}')
+      f'{sizes["train"]:,} training tokens; {device}, {dtype}{", compiled" if use_compile else ""}')
 progress = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True)
 first, losses, busy, best = step, [], 0.0, best_loss  # busy: seconds spent training since the last row
 skipped, skipped_in_a_row = torch.zeros(2, device=device)  # kept on the device, so that no step waits for it
@@ -477,12 +530,15 @@ plot()
 print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, {out / "metrics.jsonl"} '
       f'the numbers')
 if sample_tokens:
-    from prepare import encode_prompt, load_tokenizer
+    from prepare import Chat, encode_prompt, load_tokenizer, stop_tokens
     try:
         encoder = load_tokenizer(data)
-        prompt = torch.tensor([encode_prompt(encoder, start) or [encoder.eot_token]], device=device)
-        tokens = model.generate(prompt, sample_tokens, temperature=0.8, vocab_size=encoder.n_vocab, context=block_size,
-                                stop=[encoder.eot_token])
-        print(f'\n{encoder.decode(tokens[0].tolist()).removesuffix("<|endoftext|>")}')
+        if chats:
+            prompt = Chat([dict(role='user', content=start)]).prompt(encoder)
+        else:
+            prompt = encode_prompt(encoder, start) or [encoder.eot_token]
+        text = model.generate(torch.tensor([prompt], device=device), sample_tokens, temperature=0.8,
+                              vocab_size=encoder.n_vocab, context=block_size, stop=stop_tokens(encoder))
+        print(f'\n{encoder.decode(text[0].tolist()).removesuffix("<|endoftext|>")}')
     except (ValueError, RuntimeError, SystemExit) as error:  # the training is done all the same
         print(f'no sample: {error}')
