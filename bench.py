@@ -5,6 +5,7 @@ Measure a config on this machine: training tokens/s and MFU, prefill and decodin
     python bench.py config/tinystories.py --batch_size=8 --profile
     python bench.py --compare                # and transformers' GptOss and GPT-2 on the same work, where installed
     python bench.py config/shakespeare_char_cpu.py --learn   # what it learns, beside a dense GPT-2, with parts changed
+    python bench.py config/gpt_oss_20b.py --checkpoint=big   # a checkpoint of that size in MXFP4: loading and generating
 
 Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too;
 with --compare the implementations take turns, so that a machine that slows down slows all of them. The numbers also
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, LinearCrossEntropy
+from model import MXFP4, GPT, GPTConfig, LinearCrossEntropy
 
 # -----------------------------------------------------------------------------
 rounds = 3  # processes whose median is taken
@@ -43,6 +44,7 @@ compare = False  # the works of the README's table, ours beside its peers
 learn = False  # train the model on data_dir, a dense GPT-2 of equal active parameters, and the model with parts changed
 seeds = '1,2,3'  # with learn: each row is trained once with each
 plot_file = 'learn.png'  # with learn: the training losses drawn, where matplotlib is installed; empty: not
+checkpoint = ''  # a folder: write random weights of this shape there, experts in MXFP4, then load them and generate
 works = 'all'  # with compare or learn: which rows, divided by commas
 json_file = 'bench.json'  # where the numbers go; empty: nowhere
 # and every setting of train.py and GPTConfig: the model's shape, batch_size, block_size, device, dtype, compile ...
@@ -360,6 +362,49 @@ def measure_learning(job):
     return result
 
 
+def write_random(shape, folder):
+    """Write a checkpoint of this shape, experts in MXFP4, that never is in memory as a whole."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**shape))
+        model.pack_experts()
+
+    class Places(dict):
+        def items(self):
+            for name, place in super().items():
+                if isinstance(place, MXFP4):
+                    place = MXFP4(torch.randint(256, place.blocks.shape, dtype=torch.uint8),
+                                  torch.randint(117, 121, place.scales.shape, dtype=torch.uint8))
+                elif place.dim() == 1 or 'bias' in name:
+                    place = torch.full(place.shape, float('norm' in name))
+                else:
+                    place = torch.randn(place.shape, dtype=torch.bfloat16).mul_(shape['initializer_range'])
+                yield name, place
+
+    places = Places(model.places())
+    model.places = lambda: places
+    model.save_pretrained(folder, torch.bfloat16, experts='mxfp4', shard_size=2e9)
+
+
+def measure_checkpoint(job):
+    """Load a checkpoint with its experts kept in MXFP4, all else in bf16, and generate."""
+    device, vocab = job['device'], job['shape']['vocab_size']
+    began = time.perf_counter()
+    model = GPT.from_pretrained(job['folder'], torch.bfloat16, device, experts='mxfp4').eval()
+    model.compute_dtype = getattr(torch, job['dtype'])
+    synchronize(device)
+    result = dict(load_s=time.perf_counter() - began, load_memory=peak_memory(device))
+    prompt = torch.randint(vocab, (1, job['prompt_tokens']), device=device)
+    result['prefill_s'] = timed(lambda: model.generate(prompt, 1, temperature=0), device, 1)
+    stream = model.stream(prompt[:, :8], 4 + job['new_tokens'], temperature=0, compile=job['compile'])
+    times = []
+    for _ in stream:
+        synchronize(device)
+        times.append(time.perf_counter())
+    result['tokens_per_second'] = 1 / statistics.median(b - a for a, b in zip(times[3:], times[4:]))
+    result['memory'] = peak_memory(device)
+    return result
+
+
 # --- tables of measurements ---------------------------------------------------------------------------------------
 
 SMALL = dict(num_local_experts=8, num_experts_per_tok=2, head_dim=64)
@@ -388,7 +433,7 @@ WORKS = {  # what --compare measures, where `models` says so of others than ours
 
 
 def in_fresh_process(job):
-    work = dict(prepare=measure_prepare, learn=measure_learning).get(job['part'], measure)
+    work = dict(prepare=measure_prepare, learn=measure_learning, checkpoint=measure_checkpoint).get(job['part'], measure)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_freed_memory) as pool:
             return pool.submit(work, job).result()
@@ -415,10 +460,11 @@ def print_table(rows):
     show = {'tokens_per_second': '{:,.0f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}',
             'ours_is': '{:.2f} x', 'bytes_per_second': '{:,.0f}', 'val_loss': '{:.3f}', 'train_loss': '{:.3f}',
             'spread': '{:.3f}', 'disk': '{:.1f}', 'active': '{:,.0f}', 'generate_ms': '{:.1f}', 'train_us': '{:.0f}',
-            'busiest': '{:.2f}'}
+            'busiest': '{:.2f}', 'load_s': '{:.1f}', 'prefill_s': '{:.1f}', 'load_memory': '{:.2f}'}
     head = {'tokens_per_second': 'tokens/s', 'memory': 'peak GB', 'ours_is': 'ours is', 'matmul_share': 'matmuls',
             'mfu': 'MFU', 'bytes_per_second': 'bytes/s', 'train_us': 'µs a token, training',
-            'generate_ms': 'ms a token, generating', 'disk': 'MB on disk', 'active': 'active parameters'}
+            'generate_ms': 'ms a token, generating', 'disk': 'MB on disk', 'active': 'active parameters',
+            'load_s': 'loading, s', 'prefill_s': 'prefill, s', 'load_memory': 'peak GB, loading'}
     print('| ' + ' | '.join(head.get(c, c) for c in columns) + ' |\n|' + '---|' * len(columns))
     for row in rows:
         print('| ' + ' | '.join(show.get(c, '{}').format(row[c]) if c in row else '' for c in columns) + ' |')
@@ -545,7 +591,20 @@ def main():
             GPTConfig(**shape)
         except ValueError as error:
             config.fail(error)
-        for part in parts.split(','):
+        if checkpoint:
+            try:
+                if not Path(checkpoint, 'config.json').exists():
+                    write_random(shape, checkpoint)
+            except (ValueError, OSError) as error:
+                config.fail(error)
+            job = common | dict(part='checkpoint', shape=shape, folder=checkpoint, profile=False)
+            result, = median_of_rounds([job])
+            if not result:
+                sys.exit(1)
+            size = sum(file.stat().st_size for file in Path(checkpoint).glob('*.safetensors'))
+            rows.append(dict(disk=size / 1e6) | result)
+            rows[0] |= {key: rows[0][key] / 1e9 for key in ('load_memory', 'memory')}
+        for part in [] if checkpoint else parts.split(','):
             if part not in ('train', 'prefill', 'decode'):
                 config.fail(f'parts is {parts!r}; it takes train, prefill and decode, divided by commas')
             batch = batch_size if part == 'train' else decode_batch

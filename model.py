@@ -657,6 +657,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.source, self.lora = config, None, None  # where it was loaded from; add_lora's arguments
+        self.compute_dtype = None  # what to compute in, whatever the parameters are kept in; None: as they are
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types),
@@ -677,6 +678,7 @@ class GPT(nn.Module):
         With a KVCache idx goes on where the last call ended: first a whole prompt, then token by token.
         """
         x, kind = self.model.embed_tokens(idx), idx.device.type
+        x = x.to(self.compute_dtype or x.dtype)
         # Under autocast the activations take its dtype here and the layers follow theirs, so autocast itself stays off
         # inside: casting by hand is faster on CPU, keeps router, norms and loss in fp32, and is alike in every torch.
         if torch.is_autocast_enabled(kind):
@@ -753,7 +755,7 @@ class GPT(nn.Module):
                                           ('min_p', min_p, min_p is None or 0 <= min_p <= 1, 'between 0 and 1')):
             if not good:
                 raise ValueError(f'{name} is {value}; it must be {wanted}')
-        kind, dtype = idx.device.type, self.lm_head.weight.dtype
+        kind, dtype = idx.device.type, self.compute_dtype or self.lm_head.weight.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         cache = KVCache(self.config, B, T + max_new_tokens, dtype, idx.device, context)
         training = self.training

@@ -285,7 +285,8 @@ def evaluate():
     starts, total, count = rows['val'], torch.zeros((), device=device), 0
     if eval_iters:
         starts = starts[np.linspace(0, len(starts), eval_iters * batch_size, endpoint=False).astype(int)]
-    for batch in np.split(starts, range(batch_size, len(starts), batch_size)):
+    together = max(batch_size, 2 ** 13 // block_size)  # more than train together, for there are no gradients to keep
+    for batch in np.split(starts, range(together, len(starts), together)):
         x, y = to_device('val', batch)
         with autocast:
             loss = run(x, y, return_logits=False)[1]
