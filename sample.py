@@ -47,9 +47,10 @@ experts = ''  # mxfp4: keep, or export, the experts' matrices at four bits a val
 
 def load(path, dtype, device):
     """The model of a checkpoint; its tokenizer, gpt-oss's if none is beside it; the block it was trained on."""
-    keep_packed = experts if not export else None  # exporting packs after adapters are merged
-    model, meta = GPT.from_pretrained(path, dtype, device, keep_packed or None), Path(path, 'meta.json')
-    if model.lora and not keep_packed:
+    packed = '' if export else experts  # exporting packs after adapters are merged
+    model = GPT.from_pretrained(path, torch.bfloat16 if packed else dtype, device, packed or None)
+    model.compute_dtype, meta = dtype, Path(path, 'meta.json')
+    if model.lora and not packed:
         model.merge_lora()
     if meta.exists():
         return model, load_tokenizer(path), json.loads(meta.read_text()).get('block_size')
