@@ -5,7 +5,7 @@ Measure a config on this machine: training tokens/s and MFU, prefill and decodin
     python bench.py config/tinystories.py --batch_size=8 --profile
     python bench.py --compare                # and transformers' GptOss and GPT-2 on the same work, where installed
     python bench.py config/shakespeare_char_cpu.py --learn   # what it learns, beside a dense GPT-2, with parts changed
-    python bench.py config/gpt_oss_20b.py --checkpoint=big   # a checkpoint of that size in MXFP4: loading and generating
+    python bench.py config/gpt_oss_20b.py --checkpoint=big   # load one of that size in MXFP4, and generate
 
 Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too;
 with --compare the implementations take turns, so that a machine that slows down slows all of them. The numbers also
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from model import MXFP4, GPT, GPTConfig, LinearCrossEntropy
+from model import MXFP4, GPT, GPTConfig, LinearCrossEntropy, read_config
 
 # -----------------------------------------------------------------------------
 rounds = 3  # processes whose median is taken
@@ -433,7 +433,8 @@ WORKS = {  # what --compare measures, where `models` says so of others than ours
 
 
 def in_fresh_process(job):
-    work = dict(prepare=measure_prepare, learn=measure_learning, checkpoint=measure_checkpoint).get(job['part'], measure)
+    works = dict(prepare=measure_prepare, learn=measure_learning, checkpoint=measure_checkpoint)
+    work = works.get(job['part'], measure)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_freed_memory) as pool:
             return pool.submit(work, job).result()
@@ -593,10 +594,14 @@ def main():
             config.fail(error)
         if checkpoint:
             try:
-                if not Path(checkpoint, 'config.json').exists():
+                if not Path(checkpoint).exists():
                     write_random(shape, checkpoint)
+                found = vars(read_config(Path(checkpoint, 'config.json')))
             except (ValueError, OSError) as error:
                 config.fail(error)
+            if other := [key for key in shape if key.startswith(('num_', 'hidden', 'inter', 'vocab')) and
+                         shape[key] != found[key]]:
+                config.fail(f'{checkpoint} is there and has {other[0]} = {found[other[0]]}, not {shape[other[0]]}')
             job = common | dict(part='checkpoint', shape=shape, folder=checkpoint, profile=False)
             result, = median_of_rounds([job])
             if not result:

@@ -342,6 +342,8 @@ def grouped_linear(x, w, b, counts, back=False):
     With back, rows (M, out) through the transposed matrices -> (M, in), as gradients go."""
     y = x.new_empty(len(x), w.size(2 if back else 1))
     for e, (xe, ye) in enumerate(zip(x.split(counts), y.split(counts))):
+        if not len(xe):
+            continue  # and what is packed stays so
         we = w[e].to(x.dtype)
         if b is None:
             torch.mm(xe, we if back else we.T, out=ye)
@@ -416,7 +418,7 @@ class Experts(nn.Module):
         if few and (not x.is_cuda or isinstance(w1, MXFP4)):
             # decoding, eager: row by row, for on CPU products of 2 to 8 rows take 1.5 times as long as one at a time
             ids, rows = chosen.flatten().tolist(), x.repeat_interleave(chosen.size(1), dim=0).split(1)
-            if isinstance(w1, MXFP4) and b1.dtype != kind and narrow(rows[0], w1):
+            if isinstance(w1, MXFP4) and b1.dtype != kind and narrow(rows[0], w1):  # else bit by bit as if unpacked
                 layer = lambda rows, w, b: torch.stack(matvecs([(r[0], (w.blocks[e], w.scales[e]))
                                                                 for r, e in zip(rows, ids)])) + b[ids]
             else:
@@ -668,7 +670,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.source, self.lora = config, None, None  # where it was loaded from; add_lora's arguments
+        self.config = config
+        self.source = self.lora = None  # what from_pretrained loaded, {base, overrides}; what add_lora was called with
         self.compute_dtype = None  # what to compute in, whatever the parameters are kept in; None: as they are
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -861,6 +864,8 @@ class GPT(nn.Module):
         """
         if rank < 1 or not 0 < alpha < math.inf:
             raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; they must be at least 1 and above 0')
+        if self.lora:
+            raise ValueError('the model has adapters; merge_lora() first')
         self.requires_grad_(False)
         self.lora = dict(lora_rank=rank, lora_alpha=alpha)
         for layer in self.model.layers:
@@ -871,32 +876,35 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def merge_lora(self):
-        """Add the adapters to their matrices, so that the model is as before, and whole. Raises ValueError for MXFP4."""
+        """Add the adapters to their matrices: the same model, and whole again. Raises ValueError for MXFP4."""
         for layer in self.model.layers:
             for module, weight, name in adapted_matrices(layer):
                 p, lora = getattr(module, weight), getattr(module, name)
                 if isinstance(p, MXFP4):
-                    raise ValueError("four bits a value are too few to merge adapters into; load without experts='mxfp4'")
+                    raise ValueError('four bits a value are too few to merge adapters into; load without '
+                                     "experts='mxfp4'")
                 for matrix, a, b in zip(p, lora.a, lora.b) if p.dim() == 3 else [(p, lora.a, lora.b)]:
                     matrix.copy_(matrix + lora.scale * (b @ a))
                 setattr(module, name, None)
-        self.lora = None
+        self.source = self.lora = None
         self.requires_grad_(True)
 
     def save_adapter(self, path):
-        """Write adapter.safetensors and adapter.json, with which from_pretrained adapts what this model was loaded from.
+        """Write adapter.safetensors and adapter.json: from them from_pretrained has what this was loaded from, adapted.
 
         Raises ValueError where that is nothing.
         """
         from safetensors.torch import save_file
         if not self.lora or not self.source:
             raise ValueError('there are no adapters of a saved model: from_pretrained(folder), then add_lora()')
-        folder, base = Path(path), self.source
+        folder, base = Path(path), self.source['base']
+        if (folder / 'config.json').exists():
+            raise ValueError(f'{folder} holds a whole model; adapters want a folder of their own')
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach() for name, p in self.named_parameters() if 'lora.' in name}
         save_file(tensors, folder / 'adapter.safetensors', {'format': 'pt'})
-        base = str(Path(base).resolve() if Path(base).exists() else base)
-        (folder / 'adapter.json').write_text(json.dumps(dict(base=base, **self.lora), indent=2) + '\n')
+        known = self.source | self.lora | dict(base=str(Path(base).resolve() if Path(base).exists() else base))
+        (folder / 'adapter.json').write_text(json.dumps(known, indent=2) + '\n')
 
     @classmethod
     def from_adapter(cls, folder, dtype, device, experts, overrides):
@@ -904,7 +912,8 @@ class GPT(nn.Module):
         try:
             raw = json.loads((folder / 'adapter.json').read_text())
             base, rank, alpha = str(raw['base']), int(raw['lora_rank']), float(raw['lora_alpha'])
-        except (ValueError, KeyError, TypeError) as error:
+            overrides = dict(raw['overrides']) | overrides
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{folder / "adapter.json"} is damaged ({type(error).__name__}: {error})') from error
         model = cls.from_pretrained(base, dtype, device, experts, **overrides)
         model.add_lora(rank, alpha)
@@ -929,9 +938,9 @@ class GPT(nn.Module):
         0.9) stays off. Overrides are fields of GPTConfig that are to differ, dropout for instance. Raises ValueError
         for what it cannot load, with the names of all tensors that do not fit.
         """
-        if Path(path, 'adapter.json').is_file():
-            return cls.from_adapter(Path(path), dtype, device, experts, overrides)
         folder = find_checkpoint(path)
+        if (folder / 'adapter.json').is_file():
+            return cls.from_adapter(folder, dtype, device, experts, overrides)
         if 'dropout' in overrides:
             overrides.setdefault('attention_dropout', None)
         config = replace(read_config(folder / 'config.json'), **overrides)
@@ -946,7 +955,7 @@ class GPT(nn.Module):
         for layer in model.model.layers:  # counters, which no checkpoint has
             layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
         places, wrong = model.places(), []
-        missing, model.source = set(places), str(path)
+        missing, model.source = set(places), dict(base=str(path), overrides=overrides)
         for name, tensor in read_tensors(folder, config):
             expected = tuple(places[name].shape) if name in places else 'no such tensor'
             if tuple(tensor.shape) == expected:
@@ -980,12 +989,13 @@ class GPT(nn.Module):
         folder, shard, where = Path(path), {}, {}
         dtype = dtype or self.lm_head.weight.dtype
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob('model*.safetensors*'):
-            old.unlink()
+        file = lambda number: folder / f'new-{number:05}.safetensors'  # until all is written
+        for left in folder.glob('new-*.safetensors'):
+            left.unlink()
 
         def write():
             number = len(set(where.values())) + 1
-            save_file(shard, folder / f'model-{number:05}.safetensors', {'format': 'pt'})
+            save_file(shard, file(number), {'format': 'pt'})
             where.update(dict.fromkeys(shard, number))
             shard.clear()
 
@@ -1002,8 +1012,10 @@ class GPT(nn.Module):
         count = max(where.values())
         names = {n: 'model.safetensors' if count == 1 else f'model-{n:05}-of-{count:05}.safetensors'
                  for n in range(1, count + 1)}
+        for old in (*folder.glob('model*.safetensors*'), *folder.glob('adapter.*')):
+            old.unlink()
         for number, name in names.items():
-            (folder / f'model-{number:05}.safetensors').rename(folder / name)
+            file(number).rename(folder / name)
         if count > 1:
             index = dict(metadata=dict(total_size=total), weight_map={key: names[n] for key, n in where.items()})
             (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
@@ -1069,16 +1081,16 @@ class MXFP4(nn.Module):
 # One row through a matrix that is kept narrower than what is computed in: as fast as the matrix can be read, where
 # PyTorch would widen all of it first. For GCC, whose vectors need no knowledge of the processor.
 KERNELS = r'''
-typedef signed char i8 __attribute__((vector_size(16)));
-typedef unsigned char u8 __attribute__((vector_size(16)));
-typedef unsigned short u16 __attribute__((vector_size(16)));
-typedef long i64 __attribute__((vector_size(16)));
-typedef int i32 __attribute__((vector_size(32)));
-typedef unsigned u32 __attribute__((vector_size(32)));
-typedef float f32 __attribute__((vector_size(32)));
-#define LOW(v) __builtin_convertvector(__builtin_convertvector( \
-    __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), i32), f32)
-#define HIGH(v) LOW((i8)__builtin_shuffle((i64)(v), (i64){1, 1}))
+#define VECTOR(type, bytes) type __attribute__((vector_size(bytes), aligned(1)))
+typedef VECTOR(signed char, 8) half;
+typedef VECTOR(signed char, 16) i8;
+typedef VECTOR(unsigned char, 16) u8;
+typedef VECTOR(unsigned short, 16) u16;
+typedef VECTOR(long long, 16) i64;
+typedef VECTOR(int, 32) i32;
+typedef VECTOR(unsigned, 32) u32;
+typedef VECTOR(float, 32) f32;
+#define WIDE(v, i) __builtin_convertvector(__builtin_convertvector((half)((i64)(v))[i], i32), f32)
 
 void mxfp4(const u8 *blocks, const unsigned char *scales, const float *power, const f32 *x, float *y, long rows,
            long groups) {  // x: of each group of 32 the even values, then the odd ones; power[s]: 2^(s - 128)
@@ -1089,7 +1101,8 @@ void mxfp4(const u8 *blocks, const unsigned char *scales, const float *power, co
             u8 b = *blocks++;
             i8 even = __builtin_shuffle(twice, (i8)(b & 15)), odd = __builtin_shuffle(twice, (i8)(b >> 4));
             const f32 *in = x + 4 * g;
-            sum += (LOW(even) * in[0] + HIGH(even) * in[1] + LOW(odd) * in[2] + HIGH(odd) * in[3]) * power[*scales++];
+            sum += (WIDE(even, 0) * in[0] + WIDE(even, 1) * in[1] + WIDE(odd, 0) * in[2] + WIDE(odd, 1) * in[3])
+                   * power[*scales++];
         }
         for (int i = y[r] = 0; i < 8; i++) y[r] += sum[i];
     }
@@ -1107,21 +1120,21 @@ void bf16(const u16 *w, const f32 *x, float *y, long rows, long eights) {
 @cache
 def kernels():
     """KERNELS, compiled at first use, and threads to run them; None where there is no GCC."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, 'kernels.c'), Path(folder, 'kernels.so')
-        source.write_text(KERNELS)
-        try:
-            subprocess.run([os.environ.get('CC', 'cc'), '-O3', '-march=native', '-shared', '-fPIC', source, '-o', library],
-                           check=True, capture_output=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder, 'kernels.c'), Path(folder, 'kernels.so')
+            source.write_text(KERNELS)
+            flags = '-O3', '-march=native', '-shared', '-fPIC', '-o', library
+            subprocess.run([os.environ.get('CC', 'cc'), source, *flags], check=True, capture_output=True)
             return ctypes.CDLL(library), ThreadPoolExecutor(torch.get_num_threads())
-        except (OSError, subprocess.SubprocessError):
-            return None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def narrow(x, w):
     """Whether matvecs takes x, of one row, and w: on a CPU, in fp32 through bf16 or MXFP4, large, with no gradients."""
     return (x.dtype == torch.float32 and x.numel() == x.size(-1) and x.device.type == 'cpu'
-            and (isinstance(w, MXFP4) or w.dtype == torch.bfloat16) and w.shape.numel() >= LARGE
+            and (isinstance(w, MXFP4) or w.dtype == torch.bfloat16 and w.is_contiguous()) and w.shape.numel() >= LARGE
             and x.size(-1) % 16 == 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
             and kernels() is not None)
 
@@ -1188,16 +1201,17 @@ def published(name, place, dtype, experts):
 
 
 def find_checkpoint(path):
-    """The local folder of a checkpoint: one that holds config.json or original/config.json, or a hub id's download."""
-    for folder in (Path(path), Path(path) / 'original'):
-        if (folder / 'config.json').is_file():
-            return folder
+    """The local folder of a checkpoint, with config.json, original/config.json or adapter.json; a hub id's download."""
+    for file in (Path(path, 'adapter.json'), Path(path, 'config.json'), Path(path, 'original', 'config.json')):
+        if file.is_file():
+            return file.parent
     if Path(path).exists() or str(path).count('/') != 1:
         raise ValueError(f'{path} is no checkpoint: no config.json in it, nor is it a hub id like openai/gpt-oss-20b')
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path), allow_patterns=[
-            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'meta.json', 'tokenizer.tiktoken']))
+            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'adapter.json', 'adapter.safetensors',
+            'meta.json', 'tokenizer.tiktoken']))
     except Exception as error:  # the hub's client raises many kinds; each means that the checkpoint cannot be had
         raise ValueError(f'{path} is no folder here and could not be had from the Hugging Face hub '
                          f'({type(error).__name__}); download it elsewhere and give its folder') from error
@@ -1207,7 +1221,7 @@ def read_config(path):
     """GPTConfig from the config.json of Hugging Face (rope_scaling or rope_parameters) or OpenAI (flat, own names)."""
     try:
         raw = {key: value for key, value in json.loads(Path(path).read_text()).items() if value is not None}
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f'{path} is not a JSON object: {error}') from error
     openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
                   initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 # -----------------------------------------------------------------------------
 dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .jsonl .json .csv .parquet file, glob or URL; builtin
-tokenizer = 'o200k_harmony'  # any name that tiktoken knows; byte, char, bpe (trained on the corpus); a folder that has one
+tokenizer = 'o200k_harmony'  # any name of tiktoken's; byte, char, bpe (trained on the corpus); a folder that has one
 vocab_size = 1024  # tokens that bpe learns, the 256 bytes and end of text included
 data_dir = ''  # where the three files go; empty: data/ and the dataset's name
 max_docs = 0  # read at most this many documents of each split, and fetch no more; 0: all
@@ -243,15 +243,17 @@ class Chat:
         self.parts = []
         for number, message in enumerate(messages, 1):
             role, text = (message.get(key) if isinstance(message, dict) else None for key in ('role', 'content'))
-            if role not in ('system', 'developer', 'user', 'assistant') or not isinstance(text, str):
+            thinking = message.get('thinking') or '' if isinstance(message, dict) else ''
+            if (role not in ('system', 'developer', 'user', 'assistant') or not isinstance(text, str)
+                    or not isinstance(thinking, str)):
                 raise ValueError(f'message {number} is {repr(message)[:80]}; it wants a role (system, developer, user '
                                  'or assistant) and a content that is text')
             if message.get('tool_calls') or message.get('recipient'):
                 raise ValueError(f'message {number} calls a tool, which prepare.py cannot render')
             if role in ('system', 'developer'):
                 role, text = 'developer', f'# Instructions\n\n{text}'
-            if role == 'assistant' and message.get('thinking'):
-                self.parts.append((role, 'analysis', message['thinking']))
+            if role == 'assistant' and thinking:
+                self.parts.append((role, 'analysis', thinking))
             channel = (message.get('channel') or 'final') if role == 'assistant' else ''
             if channel not in ('', 'analysis', 'commentary', 'final'):
                 raise ValueError(f'message {number} has the channel {channel!r}; it is analysis, commentary or final')
@@ -287,6 +289,7 @@ def render(encoder, parts):
         tokens += [encoder.encode_single_token('<|start|>'), *encoder.encode_ordinary(role)]
         if rest:
             channel, text = rest
+            check_characters(encoder, text)
             tokens += [encoder.encode_single_token('<|channel|>'), *encoder.encode_ordinary(channel)] if channel else []
             tokens += [encoder.encode_single_token('<|message|>'), *encoder.encode_ordinary(text),
                        encoder.encode_single_token('<|end|>')]
@@ -334,11 +337,16 @@ def stop_tokens(encoder):
             if token in encoder.special_tokens_set]
 
 
+def check_characters(encoder, text):
+    """Raise ValueError for characters that a char tokenizer has not; the others know every byte."""
+    if encoder.name == 'char':
+        if unknown := sorted(set(text) - set(map(bytes.decode, encoder.token_byte_values()))):
+            raise ValueError(f'the corpus of this char tokenizer never had {", ".join(map(repr, unknown))}')
+
+
 def encode_prompt(encoder, text):
     """Token ids of a prompt, in which special tokens such as <|endoftext|> count as such."""
-    if encoder.name == 'char':  # the others know every byte
-        if unknown := sorted(set(text.replace(END, '')) - set(map(bytes.decode, encoder.token_byte_values()))):
-            raise ValueError(f'the corpus of this char tokenizer never had {", ".join(map(repr, unknown))}')
+    check_characters(encoder, re.sub('|'.join(map(re.escape, encoder.special_tokens_set)), '', text))
     return encoder.encode(text, allowed_special='all')
 
 
@@ -376,7 +384,8 @@ CHAT_TEMPLATE = (
     "{{- '<|start|>developer<|message|># Instructions\\n\\n' + message.content + '<|end|>' }}"
     "{%- elif message.role == 'user' %}{{- '<|start|>user<|message|>' + message.content + '<|end|>' }}"
     "{%- elif message.role == 'assistant' and message.channel != 'analysis' %}"
-    "{{- '<|start|>assistant<|channel|>' + (message.channel or 'final') + '<|message|>' + message.content + '<|end|>' }}"
+    "{{- '<|start|>assistant<|channel|>' + (message.channel or 'final') + '<|message|>' }}{{- message.content }}"
+    "{{- '<|end|>' }}{%- elif message.role != 'assistant' %}{{- raise_exception('no role ' + message.role) }}"
     "{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}")
 
@@ -399,7 +408,7 @@ def write_tokenizer(encoder, folder):
     merges = [(written(token[:i]), written(token[i:])) for token in sorted(ranks, key=ranks.get)
               for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
     bpe = Tokenizer(models.BPE({written(token): rank for token, rank in ranks.items()}, merges, ignore_merges=True))
-    pattern = encoder._pat_str.replace('++$', r'+\z')  # possessive repeats only save time, and not every library has them
+    pattern = encoder._pat_str.replace('++$', r'+\z')  # possessive repeats only save time; others read them otherwise
     pattern = re.sub(r'([+*?]|\{\d+,?\d*\})\+', r'\1', pattern)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -454,7 +463,7 @@ def plain(document):
     return document.text() if isinstance(document, Chat) else document
 
 
-def write_bins(pieces, encoder, dtype, folder):
+def write_bins(pieces, encoder, dtype, folder, chats):
     """Tokenise (split, text, ends) on all cores, write folder/train.bin and val.bin in order, and return the counts.
 
     Of chats also train_mask.bin and val_mask.bin, a byte a token: 1 where it is to be trained on; and the counts of
@@ -465,12 +474,15 @@ def write_bins(pieces, encoder, dtype, folder):
     def encode(batch):
         tokens, mask, size = [], [], 0
         for text, ends in batch:
-            if isinstance(text, Chat):
+            if isinstance(text, Chat) != chats:
+                raise ValueError(f'{dataset} holds texts and chats; prepare them one at a time')
+            if chats:
                 for ids, trained in text.examples(encoder):
                     tokens.append([*ids, encoder.eot_token])
                     mask += [*trained, 0]
                     size += len(encoder.decode_bytes(list(itertools.compress(ids, trained))))
                 continue
+            check_characters(encoder, text)
             tokens += [encoder.encode_to_numpy(text, disallowed_special=()), *([[encoder.eot_token]] if ends else [])]
             size += len(text.encode())
         return np.concatenate(tokens).astype(dtype), np.array(mask, np.uint8), size, sum(ends for _, ends in batch)
@@ -527,8 +539,6 @@ def main():
     def counted():
         for text, ends in tqdm(itertools.chain(*(pieces() for pieces in source.values())), 'reading',
                                unit=' documents', leave=False):
-            if isinstance(text, Chat) != chats:
-                config.fail(f'{dataset} holds texts and chats; prepare them one at a time')
             counts['documents'] += ends
             counts['characters'] += len(plain(text))
             yield plain(text)
@@ -553,7 +563,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as partial:
         partial = Path(partial)
-        meta |= write_bins(pieces, encoder, dtype, partial)
+        meta |= write_bins(pieces, encoder, dtype, partial, chats)
         for split in ('train', 'val'):
             if not meta[f'{split}_tokens']:
                 documents = meta['train_documents'] + meta['val_documents']

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench import pick_device
-from model import GPT
+from model import GPT, find_checkpoint
 from prepare import HARMONY, Chat, encode_prompt, encoding, load_tokenizer, stop_tokens, write_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -29,7 +29,7 @@ init_from = ''  # the folder or hub id of a checkpoint, instead of out_dir
 chat = False  # talk: every line of input is a message, with the tokens that gpt-oss has for chats
 system = ''  # with chat: instructions that come first
 reasoning_effort = 'medium'  # with chat: low, medium or high
-export = ''  # write the model to this folder instead, for transformers and others: adapters merged, tokenizer beside it
+export = ''  # write the model to this folder instead, in bfloat16 unless dtype says otherwise, adapters merged
 start = ''  # the text to continue, or FILE:NAME to read it from a file; empty: the end-of-text token
 num_samples = 1  # texts to draw
 max_new_tokens = 500  # the longest continuation, in tokens
@@ -47,13 +47,14 @@ experts = ''  # mxfp4: keep, or export, the experts' matrices at four bits a val
 
 def load(path, dtype, device):
     """The model of a checkpoint; its tokenizer, gpt-oss's if none is beside it; the block it was trained on."""
-    packed = '' if export else experts  # exporting packs after adapters are merged
+    folder = find_checkpoint(path)
+    packed = '' if export and (folder / 'adapter.json').exists() else experts  # exporting packs what was merged
     model = GPT.from_pretrained(path, torch.bfloat16 if packed else dtype, device, packed or None)
-    model.compute_dtype, meta = dtype, Path(path, 'meta.json')
+    model.compute_dtype, meta = dtype, folder / 'meta.json'
     if model.lora and not packed:
         model.merge_lora()
     if meta.exists():
-        return model, load_tokenizer(path), json.loads(meta.read_text()).get('block_size')
+        return model, load_tokenizer(folder), json.loads(meta.read_text()).get('block_size')
     if model.config.vocab_size == 201088:
         return model, encoding('o200k_harmony'), None
     raise ValueError(f'{path} has no meta.json, so its tokenizer is unknown; '
@@ -111,7 +112,8 @@ def converse(draw, encoder):
 
 def main():
     folders = (Path(out_dir, d) for d in ('best', 'last', 'last.old', '.'))
-    path = init_from or next((str(p) for p in folders for f in ('config', 'adapter') if (p / f'{f}.json').exists()), None)
+    there = (str(p) for p in folders for file in ('config.json', 'adapter.json') if (p / file).exists())
+    path = init_from or next(there, None)
     if path is None:
         config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with '
                     '--out_dir or --init_from')
@@ -122,17 +124,19 @@ def main():
                         'top_k and context at least 0')
     if reasoning_effort not in ('low', 'medium', 'high'):
         config.fail(f'reasoning_effort is {reasoning_effort!r}; it is low, medium or high')
-    where, kind = pick_device(device, dtype)
-    torch.manual_seed(seed)
-    if export and Path(export).exists():
+    if experts not in ('', 'mxfp4'):
+        config.fail(f'experts is {experts!r}; it is mxfp4, or empty')
+    if export and Path(export, 'config.json').exists():
         config.fail(f'{export} is there already; --export wants a new folder')
+    where, kind = pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
+    torch.manual_seed(seed)
     model, encoder, block_size = load(path, getattr(torch, kind), where)
     if export:
         model.save_pretrained(export, experts=experts or None)
         write_tokenizer(encoder, Path(export))
         for file in ('meta.json', 'tokenizer.tiktoken'):  # with which it is at home here, too
-            if Path(path, file).exists():
-                shutil.copy(Path(path, file), export)
+            if (source := find_checkpoint(path) / file).exists():
+                shutil.copy(source, export)
         return print(f'{export}: {model.num_parameters():,} parameters, {kind}{", experts mxfp4" if experts else ""}')
     options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
     ends = set(stop_tokens(encoder))
@@ -145,7 +149,8 @@ def main():
             if token.item() in ends:
                 break
             yield token.item()
-        print(f'--- {drawn} tokens, {drawn / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
+        cut = ' (max_new_tokens)' if drawn == max_new_tokens and token.item() not in ends else ''
+        print(f'--- {drawn} tokens{cut}, {drawn / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
 
     if chat:
         return converse(draw, encoder)

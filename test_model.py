@@ -782,6 +782,20 @@ def test_shards(tmp_path):
     assert {t.dtype for t in load_file(tmp_path / 'model.safetensors').values()} == {torch.bfloat16}
 
 
+def test_saving_over(tmp_path):
+    """A checkpoint that cannot be written whole leaves the one that was there."""
+    good, bad = make(hidden_size=64, intermediate_size=32), make(1, hidden_size=64, intermediate_size=32)
+    good.save_pretrained(tmp_path)
+    bad.model.layers[2].mlp.experts.down_weight.data[0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match='not finite'):
+        bad.save_pretrained(tmp_path, experts='mxfp4', shard_size=1000)
+    assert_same(good, GPT.from_pretrained(tmp_path, torch.float32))
+    bad.save_pretrained(tmp_path, shard_size=100_000)
+    good.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['config.json', 'generation_config.json',
+                                                                'model.safetensors']
+
+
 def test_what_the_format_cannot_express(tmp_path):
     with pytest.raises(ValueError, match='qk_norm'):
         make(qk_norm=True).save_pretrained(tmp_path / 'x')
@@ -907,10 +921,28 @@ def test_adapters_alone(tmp_path):
         model.merge_lora()
     with pytest.raises(ValueError, match='no adapters of a saved model'):
         adapted().save_adapter(tmp_path / 'other')
-    (tmp_path / 'adapter' / 'adapter.json').write_text(json.dumps(dict(
-        base=str(tmp_path / 'base'), lora_rank=2, lora_alpha=6.0)))
+    file = tmp_path / 'adapter' / 'adapter.json'
+    whole = file.read_text()
+    file.write_text(whole.replace('"lora_rank": 3', '"lora_rank": 2'))
     with pytest.raises(ValueError, match='does not fit .*base.*q_proj.lora.a'):
         GPT.from_pretrained(tmp_path / 'adapter')
+    file.write_text(whole[:20])
+    with pytest.raises(ValueError, match='adapter.json is damaged'):
+        GPT.from_pretrained(tmp_path / 'adapter')
+
+    # what the base was loaded with holds for the adapters too; a whole model is not written over, nor its base lost
+    model = GPT.from_pretrained(tmp_path / 'base', torch.float32, sliding_window=3)
+    model.add_lora(3, 6.0)
+    model.save_adapter(tmp_path / 'adapter')
+    again = GPT.from_pretrained(tmp_path / 'adapter', torch.float32)
+    assert again.config.sliding_window == 3 and torch.equal(again(x)[0], model(x)[0])
+    with pytest.raises(ValueError, match='holds a whole model'):
+        model.save_adapter(tmp_path / 'base')
+    with pytest.raises(ValueError, match='has adapters'):
+        model.add_lora(3, 6.0)
+    model.merge_lora()
+    model.save_pretrained(tmp_path / 'adapter')
+    assert GPT.from_pretrained(tmp_path / 'adapter', torch.float32).lora is None
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -1113,8 +1145,8 @@ def test_chat_masks(tokenizer, tmp_path):
     mask = np.concatenate([np.fromfile(tmp_path / f'{split}_mask.bin', np.uint8) for split in ('train', 'val')])
     assert len(mask) == len(tokens) and meta['train_targets'] + meta['val_targets'] == mask.sum()
     start = '<|start|>system<|message|>' + prepare.SYSTEM.format('medium') + '<|end|>'
-    first = (start + '<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>Hi <|end|> '
-             'there<|end|><|start|>assistant')
+    first = (start + '<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>'
+             'Hi <|end|> there<|end|><|start|>assistant')
     expected = [
         (first, '<|channel|>analysis<|message|>A greeting.<|end|><|start|>assistant<|channel|>final<|message|>Hello!'
                 '<|return|>'),
@@ -1148,7 +1180,8 @@ def test_bad_chats(tmp_path):
         refused(run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}/data', '--tokenizer=byte'), *words)
     file = write_chats(tmp_path / 'chats.jsonl')
     vocabulary('gpt2')
-    refused(run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}/data', '--tokenizer=gpt2'), 'gpt2', '<|start|>')
+    refused(run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}/data', '--tokenizer=gpt2'), 'gpt2',
+            '<|start|>')
 
 
 def test_harmony(tmp_path, monkeypatch):
@@ -1175,7 +1208,8 @@ def test_harmony(tmp_path, monkeypatch):
         if effort == 'medium' and chat[-1]['role'] == 'assistant':
             (tokens, _), = prepare.Chat(chat).examples(encoder)
             assert tokens == theirs.render_conversation_for_training(harmony.Conversation.from_messages(messages))
-    assert set(prepare.stop_tokens(encoder)) == {200002, 199999, 200012} == {199999, *theirs.stop_tokens_for_assistant_actions()}
+    assert set(prepare.stop_tokens(encoder)) == {200002, 199999, 200012}
+    assert {200002, 200012} == {*theirs.stop_tokens_for_assistant_actions()}
 
 
 @pytest.mark.parametrize('name', ['o200k_harmony', 'gpt2', 'bpe', 'byte', 'char'])
@@ -1479,13 +1513,13 @@ def test_chat(tmp_path):
     shape = [f'--block_size={max(96, 2 * tokens.index(299))}', '--batch_size=4', '--hidden_size=64', '--head_dim=16',
              '--intermediate_size=32', '--num_hidden_layers=2', '--device=cpu', '--dtype=float32', '--data_dir=data',
              '--sample_tokens=30', '--start=red', '--warmup_iters=5', '--eval_iters=0']
-    status, out, err = run('train.py', *shape, '--max_iters=100', '--eval_interval=50', '--out_dir=out', cwd=tmp_path)
+    status, out, err = run('train.py', *shape, '--max_iters=150', '--eval_interval=75', '--out_dir=out', cwd=tmp_path)
     assert status == 0 and 'stop<|return|>' in out, out
     loss = float(re.findall(r'best val loss ([0-9.]+)', out)[0])
 
     # the loss is that of the assistant's tokens alone, each chat seen from its beginning
-    encoder, model = prepare.load_tokenizer(tmp_path / 'data'), GPT.from_pretrained(tmp_path / 'out/best', torch.float32)
-    model.eval()
+    encoder = prepare.load_tokenizer(tmp_path / 'data')
+    model = GPT.from_pretrained(tmp_path / 'out/best', torch.float32).eval()
     total, count = 0.0, 0
     for chat in chats[-2:]:
         (tokens, mask), = prepare.Chat(chat).examples(encoder)
@@ -1522,8 +1556,8 @@ def test_chat(tmp_path):
     write_chats(file, other)
     status, _, err = run('prepare.py', f'--dataset={file}', '--tokenizer=out/best', '--data_dir=data', cwd=tmp_path)
     assert status == 0, err
-    status, out, err = run('train.py', *shape[:2], *shape[6:], '--max_iters=50', '--eval_interval=25', '--init_from=out/best',
-                           '--lora_rank=4', '--out_dir=adapted', cwd=tmp_path)
+    status, out, err = run('train.py', *shape[:2], *shape[6:], '--max_iters=50', '--eval_interval=25',
+                           '--init_from=out/best', '--lora_rank=4', '--out_dir=adapted', cwd=tmp_path)
     assert status == 0 and 'go<|return|>' in out, out
     adapter = tmp_path / 'adapted/best'
     assert not list(adapter.glob('model*')) and (adapter / 'adapter.safetensors').stat().st_size < 120_000
@@ -1534,7 +1568,10 @@ def test_chat(tmp_path):
     assert status == 0, err
     assert GPT.from_pretrained(tmp_path / 'both', torch.float32, experts='mxfp4')
     refused(run('train.py', *shape, '--lora_rank=4', '--out_dir=new', cwd=tmp_path), 'lora_rank', '--init_from')
-    refused(run('train.py', *shape, '--init_from=out/best', '--experts=mxfp4', '--out_dir=new', cwd=tmp_path), 'experts')
+    refused(run('train.py', *shape[:2], '--data_dir=data', '--lora_rank=4', '--init_from=out/best', '--out_dir=out',
+                '--overwrite', cwd=tmp_path), 'out holds what the adapters adapt')
+    refused(run('train.py', *shape, '--init_from=out/best', '--experts=mxfp4', '--out_dir=new', cwd=tmp_path),
+            'experts')
     (tmp_path / 'data/val_mask.bin').write_bytes(b'abc')
     refused(run('train.py', *shape, '--init_from=out/best', '--out_dir=new', cwd=tmp_path), 'val_mask.bin', '3 bytes')
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from bench import peak_flops, pick_device
-from model import GPT, GPTConfig, Muon
+from model import GPT, GPTConfig, Muon, find_checkpoint
 
 # -----------------------------------------------------------------------------
 # where things are
@@ -115,9 +115,9 @@ for key in ('beta1', 'beta2', 'cooldown'):
           f'{key} is {settings[key]}; it must be at least 0 and below 1')
 check(lr_schedule in ('cosine', 'linear', 'constant'),
       f'lr_schedule is {lr_schedule!r}; it is cosine, linear or constant')
-check(lora_rank >= 0 and lora_alpha > 0, f'lora_rank is {lora_rank} and lora_alpha {lora_alpha}; lora_rank is at least 0, '
-                                         'lora_alpha above it')
-check(not lora_rank or init_from != 'scratch', 'lora_rank adapts a model that there is already: give --init_from=FOLDER')
+check(lora_rank >= 0 and lora_alpha > 0,
+      f'lora_rank is {lora_rank} and lora_alpha {lora_alpha}; lora_rank is at least 0, lora_alpha above it')
+check(not lora_rank or init_from != 'scratch', 'lora_rank adapts a model that there is: give --init_from=FOLDER')
 check(experts in ('', 'mxfp4') and (lora_rank or not experts),
       f'experts is {experts!r}; it is mxfp4, together with --lora_rank, or empty')
 device, dtype = pick_device(device, dtype)
@@ -157,26 +157,36 @@ settings['vocab_size'] = vocab_size or vocabulary
 shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
 try:
     if init_from == 'scratch':
-        model = GPT(GPTConfig(**shape))
+        model, trained_on = GPT(GPTConfig(**shape)), block_size
     else:
         source = state_file.parent if init_from == 'resume' else init_from
         asked = given & shape.keys() | {'router_aux_loss_coef', *(['attention_dropout'] if 'dropout' in given else [])}
-        frozen = lora_rank or Path(source, 'adapter.json').exists()
+        folder = find_checkpoint(source)
+        frozen = lora_rank or (folder / 'adapter.json').exists()
+        changes = {key: shape[key] for key in asked} | ({} if not frozen or 'router_aux_loss_coef' in given else
+                                                        dict(router_aux_loss_coef=0.0))  # routers do not move then
         model = GPT.from_pretrained(source, getattr(torch, dtype) if frozen else torch.float32, device, experts or None,
-                                    **{key: shape[key] for key in asked})
+                                    **changes)
         if lora_rank and not model.lora:
             model.add_lora(lora_rank, lora_alpha)
         check(not lora_rank or lora_rank == model.lora['lora_rank'],
               f'{source} has adapters of lora_rank {(model.lora or settings)["lora_rank"]}, not {lora_rank}')
-        for file in ('meta.json', 'tokenizer.tiktoken'):  # beside a checkpoint of ours is what it was trained on
-            if Path(source, file).exists():
-                theirs, ours = ([json.loads(text).get(key) for key in ('tokenizer', 'special_tokens')]
-                                if file == 'meta.json' else text
-                                for text in (Path(source, file).read_text(), (data / file).read_text()))
-                check(theirs == ours, f'{source} was trained with another tokenizer than that of {data_dir}; prepare '
-                                      f'the data with --tokenizer={source}')
-except ValueError as error:
+        check(not model.lora or out.resolve() not in Path(model.source['base']).resolve().parents,
+              f'{out_dir} holds what the adapters adapt, {(model.source or {}).get("base")}; give another --out_dir')
+        trained_on = None  # of a checkpoint that is not ours, and sees farther than any block_size of ours
+        if (folder / 'meta.json').exists():
+            theirs, ours = (json.loads((place / 'meta.json').read_text()) for place in (folder, data))
+            trained_on = theirs.get('block_size') and max(theirs['block_size'], block_size)
+            for key, default in (('tokenizer', None), ('special_tokens', ['<|endoftext|>'])):
+                same = theirs.get(key, default) == ours.get(key, default)
+                if same and (folder / 'tokenizer.tiktoken').exists():
+                    same = len({(place / 'tokenizer.tiktoken').read_text() for place in (folder, data)}) == 1
+                check(same, f'{source} was trained with another tokenizer than that of {data_dir}; prepare the data '
+                            f'with --tokenizer={folder}')
+except (ValueError, OSError, KeyError, AttributeError) as error:
     config.fail(error)
+except (torch.OutOfMemoryError, MemoryError):
+    config.fail(f'{device} has too little memory for this model; --lora_rank with --experts=mxfp4 takes least')
 vocab_size = model.config.vocab_size
 check(block_size <= model.config.max_position_embeddings,
       f'block_size ({block_size}) exceeds max_position_embeddings ({model.config.max_position_embeddings})')
@@ -211,13 +221,16 @@ def open_bin(split):
     found, expected = path.stat().st_size if path.exists() else 'no file', sizes[split] * token_dtype.itemsize
     check(found == expected, f'{path}: found {found} bytes, expected {expected} (meta.json: {sizes[split]} tokens of '
                              f'{token_dtype}); prepare again')
-    check(sizes[split] > block_size, f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = '
+    check(sizes[split] > block_size or chats, f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = '
                                      f'{block_size + 1}; take a smaller --block_size or more text')
     tokens = np.memmap(path, token_dtype, 'r')
     if chats:
-        masks[split] = np.memmap(data / f'{split}_mask.bin', np.uint8, 'r') if (data / f'{split}_mask.bin').exists() else ()
-        check(len(masks[split]) == len(tokens), f'{data}/{split}_mask.bin: found {len(masks[split])} bytes, expected '
-                                                f'{len(tokens)}, one a token; prepare again')
+        file = data / f'{split}_mask.bin'
+        masks[split] = np.fromfile(file, np.uint8) if file.exists() else ()
+        check(len(masks[split]) == len(tokens), f'{file}: found {len(masks[split])} bytes, expected {len(tokens)}, one '
+                                                f'a token; prepare again')
+        masks[split] = np.pad(masks[split], (0, block_size))  # so that the last chat has a whole row
+        tokens = np.pad(tokens, (0, block_size), constant_values=end_of_text)
     largest = max(int(tokens[i:i + 2 ** 24].max()) for i in range(0, len(tokens), 2 ** 24))
     check(largest < vocab_size, f'{path} holds the token id {largest}, but the model has vocab_size {vocab_size}')
     return tokens
@@ -226,11 +239,11 @@ def open_bin(split):
 def cut_into_rows(tokens):
     """Starts of rows of block_size that begin at the end of a document, to foretell all of the next, or go on in a
     longer one: a document that does not end in its row, though another does, has the next row. What is left and less
-    than a row stays out."""
+    than a row stays out, but of chats nothing is."""
     ends = np.append(0, np.flatnonzero(tokens == end_of_text) + chats)  # a chat begins after what ended the last one
     starts = [0]
     while starts[-1] + block_size < len(tokens):
-        last = ends[np.searchsorted(ends, starts[-1] + block_size, 'right') - 1]  # the last end until the row's end
+        last = ends[np.searchsorted(ends, starts[-1] + block_size + chats, 'right') - 1]  # the last one in this row
         starts.append(last if last > starts[-1] else starts[-1] + block_size)
     return np.array(starts[:-1])
 
@@ -316,8 +329,10 @@ def tokenizer_files():
     with tempfile.TemporaryDirectory() as folder:
         try:
             write_tokenizer(load_tokenizer(data), Path(folder))
-        except (ValueError, SystemExit) as error:
+        except ValueError as error:
             print(f'(no tokenizer.json: {error})')
+        except SystemExit:
+            pass  # its message is out
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
@@ -331,7 +346,7 @@ def write_checkpoint(name):
         model.save_pretrained(new, portable=False)
     for file, content in tokenizer_files().items():
         (new / file).write_bytes(content)
-    (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=block_size), indent=2))
+    (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=trained_on), indent=2))
     if (data / 'tokenizer.tiktoken').exists():
         shutil.copy(data / 'tokenizer.tiktoken', new)
     if name == 'last':
@@ -441,15 +456,15 @@ skipped, skipped_in_a_row = torch.zeros(2, device=device)  # kept on the device,
 try:
     while True:
         if step % eval_interval == 0 and (step > first or step == 0) or step == max_iters:
-            val_loss, experts = evaluate(), expert_report() if step else {}
+            val_loss, report = evaluate(), expert_report() if step else {}
             row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
-            log(**row, **experts)
+            log(**row, **report)
             goal = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
             health = ''
-            if step and (busiest := max(experts['expert_load_max']) * model.config.num_local_experts) > 1.5:
+            if step and (busiest := max(report['expert_load_max']) * model.config.num_local_experts) > 1.5:
                 health += f', the busiest expert gets {busiest:.1f} times an equal share'
-            if step and any(experts['dead_experts']):
-                health += f', {sum(experts["dead_experts"])} experts get no token'
+            if step and any(report['dead_experts']):
+                health += f', {sum(report["dead_experts"])} experts get no token'
             progress.write(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
             if step and val_loss < best_loss:
                 best_loss = val_loss
