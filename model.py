@@ -344,7 +344,7 @@ def grouped_linear(x, w, b, counts, back=False):
     for e, (xe, ye) in enumerate(zip(x.split(counts), y.split(counts))):
         if not len(xe):
             continue  # and what is packed stays so
-        we = w[e].to(x.dtype)
+        we = w.widened(e, x.dtype) if isinstance(w, MXFP4) else w[e].to(x.dtype)
         if b is None:
             torch.mm(xe, we if back else we.T, out=ye)
         else:
@@ -1074,59 +1074,86 @@ class MXFP4(nn.Module):
     def __getitem__(self, e):
         return dequantize_mxfp4(self.blocks[e], self.scales[e])
 
+    def widened(self, e, dtype):
+        """[e] in this dtype, without a detour on CPUs that have kernels."""
+        blocks, scales = self.blocks[e], self.scales[e]
+        if dtype != torch.float32 or blocks.device.type != 'cpu' or torch.compiler.is_compiling() or kernels() is None:
+            return self[e].to(dtype)
+        matrix = torch.empty(self.shape[1:], dtype=dtype)
+        on_all_cores([('unpack', (blocks, scales), (POWERS,), matrix)], [scales.size(1)])
+        return matrix
+
     def __setitem__(self, e, matrix):
         self.blocks[e], self.scales[e] = quantize_mxfp4(matrix)
 
 
-# One row through a matrix that is kept narrower than what is computed in: as fast as the matrix can be read, where
-# PyTorch would widen all of it first. For GCC, whose vectors need no knowledge of the processor.
+# What PyTorch does too, but by widening whole matrices in several passes: one row through a matrix that is kept narrower
+# than what is computed in, as fast as memory can be read, and the unpacking of MXFP4.
 KERNELS = r'''
-#define VECTOR(type, bytes) type __attribute__((vector_size(bytes), aligned(1)))
-typedef VECTOR(signed char, 8) half;
-typedef VECTOR(signed char, 16) i8;
-typedef VECTOR(unsigned char, 16) u8;
-typedef VECTOR(unsigned short, 16) u16;
-typedef VECTOR(long long, 16) i64;
-typedef VECTOR(int, 32) i32;
-typedef VECTOR(unsigned, 32) u32;
-typedef VECTOR(float, 32) f32;
-#define WIDE(v, i) __builtin_convertvector(__builtin_convertvector((half)((i64)(v))[i], i32), f32)
+#include <immintrin.h>
+#define WIDE(v) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v))
+typedef unsigned char byte;
 
-void mxfp4(const u8 *blocks, const unsigned char *scales, const float *power, const f32 *x, float *y, long rows,
-           long groups) {  // x: of each group of 32 the even values, then the odd ones; power[s]: 2^(s - 128)
-    const i8 twice = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    for (long r = 0; r < rows; r++) {
-        f32 sum = {0};
-        for (long g = 0; g < groups; g++) {
-            u8 b = *blocks++;
-            i8 even = __builtin_shuffle(twice, (i8)(b & 15)), odd = __builtin_shuffle(twice, (i8)(b >> 4));
-            const f32 *in = x + 4 * g;
-            sum += (WIDE(even, 0) * in[0] + WIDE(even, 1) * in[1] + WIDE(odd, 0) * in[2] + WIDE(odd, 1) * in[3])
-                   * power[*scales++];
-        }
-        for (int i = y[r] = 0; i < 8; i++) y[r] += sum[i];
+static inline void doubled(const __m128i *block, __m256 w[4]) {  // a block's 32 values, twice as large
+    const __m128i values = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+    __m128i codes = _mm_loadu_si128(block), low = _mm_set1_epi8(15);
+    __m128i even = _mm_shuffle_epi8(values, codes & low);
+    __m128i odd = _mm_shuffle_epi8(values, _mm_srli_epi16(codes, 4) & low);
+    __m128i first = _mm_unpacklo_epi8(even, odd), last = _mm_unpackhi_epi8(even, odd);
+    w[0] = WIDE(first), w[1] = WIDE(_mm_srli_si128(first, 8));
+    w[2] = WIDE(last), w[3] = WIDE(_mm_srli_si128(last, 8));
+}
+
+void unpack(const __m128i *blocks, const byte *scales, const float *power, float *y, long rows, long groups) {
+    __m256 w[4];
+    for (long g = 0; g < rows * groups; g++) {
+        doubled(blocks++, w);
+        for (int i = 0; i < 4; i++, y += 8) _mm256_storeu_ps(y, w[i] * power[scales[g]]);
     }
 }
 
-void bf16(const u16 *w, const f32 *x, float *y, long rows, long eights) {
+static float total(__m256 v) {
+    float sum = 0;
+    for (int i = 0; i < 8; i++) sum += v[i];
+    return sum;
+}
+
+void mxfp4(const __m128i *blocks, const byte *scales, const float *power, const float *x, float *y, long rows,
+           long groups) {
     for (long r = 0; r < rows; r++) {
-        f32 sum = {0};
-        for (long i = 0; i < eights; i++) sum += (f32)(__builtin_convertvector(*w++, u32) << 16) * x[i];
-        for (int i = y[r] = 0; i < 8; i++) y[r] += sum[i];
+        __m256 sum = {0}, part, w[4];
+        for (long g = 0; g < groups; g++, sum += part * power[*scales++]) {
+            doubled(blocks++, w);
+            part = w[0] * _mm256_loadu_ps(x + 32 * g);
+            for (int i = 1; i < 4; i++) part += w[i] * _mm256_loadu_ps(x + 32 * g + 8 * i);
+        }
+        y[r] = total(sum);
+    }
+}
+
+void bf16(const __m128i *w, const float *x, float *y, long rows, long groups) {
+    for (long r = 0; r < rows; r++) {
+        __m256 sum = {0};
+        for (long g = 0; g < 4 * groups; g++) {
+            __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(w++)), 16);
+            sum += _mm256_castsi256_ps(wide) * _mm256_loadu_ps(x + 8 * g);
+        }
+        y[r] = total(sum);
     }
 }'''
+POWERS = torch.tensor([2.0 ** (scale - 128) for scale in range(256)])  # for values that are doubled
 
 
 @cache
 def kernels():
-    """KERNELS, compiled at first use, and threads to run them; None where there is no GCC."""
+    """KERNELS, compiled at first use, and threads to run them; None where there is no C compiler or no AVX2."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(folder, 'kernels.c'), Path(folder, 'kernels.so')
             source.write_text(KERNELS)
             flags = '-O3', '-march=native', '-shared', '-fPIC', '-o', library
             subprocess.run([os.environ.get('CC', 'cc'), source, *flags], check=True, capture_output=True)
-            return ctypes.CDLL(library), ThreadPoolExecutor(torch.get_num_threads())
+            return ctypes.CDLL(str(library)), ThreadPoolExecutor(torch.get_num_threads())
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -1135,7 +1162,7 @@ def narrow(x, w):
     """Whether matvecs takes x, of one row, and w: on a CPU, in fp32 through bf16 or MXFP4, large, with no gradients."""
     return (x.dtype == torch.float32 and x.numel() == x.size(-1) and x.device.type == 'cpu'
             and (isinstance(w, MXFP4) or w.dtype == torch.bfloat16 and w.is_contiguous()) and w.shape.numel() >= LARGE
-            and x.size(-1) % 16 == 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and x.size(-1) % 32 == 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
             and kernels() is not None)
 
 
@@ -1143,29 +1170,31 @@ LARGE = 2 ** 16  # values in a matrix; below, PyTorch's own way takes no longer
 
 
 def matvecs(pairs):
-    """[w @ x] of pairs of x (in,) in fp32 and w (out, in) in bf16, or its (blocks, scales), see MXFP4; on all cores."""
-    (library, pool), jobs, results = kernels(), [], []
-    pointer, power = lambda tensor: ctypes.c_void_p(tensor.data_ptr()), torch.exp2(torch.arange(256.0) - 128)
-    for x, w in pairs:
-        weights = w if isinstance(w, tuple) else (w,)
-        rows, y = len(weights[0]), x.new_empty(len(weights[0]))
-        results.append(y)
-        if weights is w:
-            function, extra, units = library.mxfp4, [power], len(x) // 32
-            x = x.view(-1, 16, 2).mT
-        else:
-            function, extra, units = library.bf16, [], len(x) // 8
-        extra.append(x.contiguous())
-        part = -(-rows // pool._max_workers)
-        for i in range(0, rows, part):
-            tensors = *(weight[i:i + part] for weight in weights), *extra, y[i:i + part]
-            jobs.append((function, tensors, ctypes.c_long(len(tensors[-1])), ctypes.c_long(units)))
-
-    def work(job):
-        function, tensors, *sizes = job
-        function(*map(pointer, tensors), *sizes)  # ctypes lets other threads go on meanwhile
-    list(pool.map(work, jobs))
+    """[w @ x] of pairs of x (in,) in fp32 and w (out, in) in bf16, or its (blocks, scales), see MXFP4."""
+    results, jobs = [x.new_empty(len(w[0] if isinstance(w, tuple) else w)) for x, w in pairs], []
+    for y, (x, w) in zip(results, pairs):
+        jobs.append(('mxfp4', w, (POWERS, x), y) if isinstance(w, tuple) else ('bf16', (w,), (x,), y))
+    on_all_cores(jobs, [len(x) // 32 for x, _ in pairs])
     return results
+
+
+def on_all_cores(jobs, groups):
+    """Run kernels (name, what is divided by rows, what is not, the result, divided too), with groups of 32 in a row."""
+    library, pool = kernels()
+
+    def run(name, *arguments):  # ctypes lets other threads go on meanwhile
+        getattr(library, name)(*(ctypes.c_long(a) if isinstance(a, int) else ctypes.c_void_p(a.data_ptr())
+                                 for a in arguments))
+
+    waiting = []
+    for (name, divided, whole, y), number in zip(jobs, groups):
+        whole, part = [tensor.contiguous() for tensor in whole], -(-len(y) // pool._max_workers)
+        for i in range(0, len(y), part):
+            rows = slice(i, i + part)
+            arguments = *(tensor[rows] for tensor in divided), *whole, y[rows]
+            waiting.append(pool.submit(run, name, *arguments, len(y[rows]), number))
+    for job in waiting:
+        job.result()
 
 
 @torch.no_grad()

@@ -735,8 +735,8 @@ def test_packed_experts(tmp_path, changes):
 def test_narrow_weights(batch, monkeypatch):
     """Computing in fp32 with weights kept in bf16 and MXFP4: C kernels do what widening the weights first does."""
     if model.kernels() is None:
-        pytest.skip('there is no GCC here')
-    shape = dict(hidden_size=64, intermediate_size=96, head_dim=16, vocab_size=101)
+        pytest.skip('there is no C compiler, or no AVX2')
+    shape = dict(hidden_size=64, intermediate_size=96, head_dim=16, vocab_size=101)  # 6 heads of 16: o_proj has 96
     packed = make(**shape)
     packed.pack_experts()
     packed.to(torch.bfloat16)
@@ -758,9 +758,12 @@ def test_narrow_weights(batch, monkeypatch):
     monkeypatch.setattr(model, 'kernels', lambda: None)
     calls.clear()
     assert torch.equal(decode(), expected) and not calls
-    w, x = torch.randn(37, 48).bfloat16(), torch.randn(48)  # rows that do not divide evenly
+    w, x = torch.randn(37, 64).bfloat16(), torch.randn(64)  # rows that do not divide evenly
     monkeypatch.undo()
     torch.testing.assert_close(model.matvecs([(x, w)])[0], w.float() @ x, atol=1e-4, rtol=1e-4)
+    blocks = torch.randint(256, (3, 37, 2, 16), dtype=torch.uint8)  # all codes and scales but 255, which is no number
+    stack = MXFP4(blocks, torch.randint(255, (3, 37, 2), dtype=torch.uint8))
+    assert torch.equal(stack.widened(1, torch.float32), stack[1].float())
 
 
 def test_shards(tmp_path):
