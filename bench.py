@@ -458,7 +458,7 @@ def median_of_rounds(jobs):
 
 def print_table(rows):
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    show = {'tokens_per_second': '{:,.0f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}',
+    show = {'tokens_per_second': '{:,.1f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}',
             'ours_is': '{:.2f} x', 'bytes_per_second': '{:,.0f}', 'val_loss': '{:.3f}', 'train_loss': '{:.3f}',
             'spread': '{:.3f}', 'disk': '{:.1f}', 'active': '{:,.0f}', 'generate_ms': '{:.1f}', 'train_us': '{:.0f}',
             'busiest': '{:.2f}', 'load_s': '{:.1f}', 'prefill_s': '{:.1f}', 'load_memory': '{:.2f}'}
@@ -602,6 +602,7 @@ def main():
             if other := [key for key in shape if key.startswith(('num_', 'hidden', 'inter', 'vocab')) and
                          shape[key] != found[key]]:
                 config.fail(f'{checkpoint} is there and has {other[0]} = {found[other[0]]}, not {shape[other[0]]}')
+            os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # as in sample.py
             job = common | dict(part='checkpoint', shape=shape, folder=checkpoint, profile=False)
             result, = median_of_rounds([job])
             if not result:

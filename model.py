@@ -1087,8 +1087,8 @@ class MXFP4(nn.Module):
         self.blocks[e], self.scales[e] = quantize_mxfp4(matrix)
 
 
-# What PyTorch does too, but by widening whole matrices in several passes: one row through a matrix that is kept narrower
-# than what is computed in, as fast as memory can be read, and the unpacking of MXFP4.
+# What PyTorch does too, but by widening whole matrices in several passes: one row through a matrix that is kept
+# narrower than what is computed in, nearly as fast as memory can be read, and the unpacking of MXFP4.
 KERNELS = r'''
 #include <immintrin.h>
 #define WIDE(v) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v))
@@ -1153,7 +1153,7 @@ def kernels():
             source.write_text(KERNELS)
             flags = '-O3', '-march=native', '-shared', '-fPIC', '-o', library
             subprocess.run([os.environ.get('CC', 'cc'), source, *flags], check=True, capture_output=True)
-            return ctypes.CDLL(str(library)), ThreadPoolExecutor(torch.get_num_threads())
+            return ctypes.CDLL(str(library)), ThreadPoolExecutor(max(1, torch.get_num_threads() - 1))
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -1181,20 +1181,22 @@ def matvecs(pairs):
 def on_all_cores(jobs, groups):
     """Run kernels (name, what is divided by rows, what is not, the result, divided too), with groups of 32 in a row."""
     library, pool = kernels()
-
-    def run(name, *arguments):  # ctypes lets other threads go on meanwhile
-        getattr(library, name)(*(ctypes.c_long(a) if isinstance(a, int) else ctypes.c_void_p(a.data_ptr())
-                                 for a in arguments))
-
-    waiting = []
+    shares = [[] for _ in range(pool._max_workers + 1)]  # of the pool's threads, and of this one
     for (name, divided, whole, y), number in zip(jobs, groups):
-        whole, part = [tensor.contiguous() for tensor in whole], -(-len(y) // pool._max_workers)
-        for i in range(0, len(y), part):
+        whole, part = [tensor.contiguous() for tensor in whole], -(-len(y) // len(shares))
+        for share, i in zip(shares, range(0, len(y), part)):
             rows = slice(i, i + part)
-            arguments = *(tensor[rows] for tensor in divided), *whole, y[rows]
-            waiting.append(pool.submit(run, name, *arguments, len(y[rows]), number))
-    for job in waiting:
-        job.result()
+            tensors = *(tensor[rows] for tensor in divided), *whole, y[rows]
+            share.append((getattr(library, name), tensors, len(tensors[-1]), number))
+
+    def run(share):
+        for function, tensors, *sizes in share:  # ctypes lets other threads go on meanwhile
+            function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_long, sizes))
+
+    others = [pool.submit(run, share) for share in shares[1:]]
+    run(shares[0])
+    for other in others:
+        other.result()
 
 
 @torch.no_grad()

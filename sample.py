@@ -12,11 +12,13 @@ import config  # first, for it makes Ctrl-C quiet
 import codecs
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of PyTorch's that wait leave the cores to others
 import torch
 
 from bench import pick_device

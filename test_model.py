@@ -1675,3 +1675,12 @@ def test_bench(tmp_path):
     assert all(row['tokens_per_second'] > 0 and 0.05 < row['memory'] < 5 for row in rows.values())
     assert 0 < rows['train']['mfu'] < 1
     refused(run('bench.py', '--parts=train,walk'), 'walk')
+    big = [f'--checkpoint={tmp_path}/big', '--vocab_size=300', *TINY[:3], '--prompt_tokens=8', '--new_tokens=4',
+           '--rounds=1', '--device=cpu', f'--json_file={tmp_path}/b.json']
+    status, out, err = run('bench.py', *big)
+    assert status == 0, err
+    row, = json.loads((tmp_path / 'b.json').read_text())['rows']
+    assert row['disk'] * 1e6 == (tmp_path / 'big/model.safetensors').stat().st_size and row['prefill_s'] > 0
+    packed = GPT.from_pretrained(tmp_path / 'big', experts='mxfp4')
+    assert packed.model.layers[1].mlp.experts.down_weight.blocks.float().mean() == pytest.approx(127.5, abs=2)
+    refused(run('bench.py', *big, '--hidden_size=64'), 'big', 'hidden_size = 32')
