@@ -862,8 +862,9 @@ class GPT(nn.Module):
 
         What it adds is scaled by alpha / rank; nothing at first. The adapters' parameters are in fp32.
         """
-        if rank < 1 or not 0 < alpha < math.inf:
-            raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; they must be at least 1 and above 0')
+        if not 1 <= rank <= self.config.hidden_size or not 0 < alpha < math.inf:
+            raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; they must be at least 1 and above 0, '
+                             f'and the rank at most hidden_size ({self.config.hidden_size})')
         if self.lora:
             raise ValueError('the model has adapters; merge_lora() first')
         self.requires_grad_(False)
@@ -913,9 +914,15 @@ class GPT(nn.Module):
             raw = json.loads((folder / 'adapter.json').read_text())
             base, rank, alpha = str(raw['base']), int(raw['lora_rank']), float(raw['lora_alpha'])
             overrides = dict(raw['overrides']) | overrides
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            replace(GPTConfig(), **raw['overrides'])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f'{folder / "adapter.json"} is damaged ({type(error).__name__}: {error})') from error
-        model = cls.from_pretrained(base, dtype, device, experts, **overrides)
+        try:
+            if (find_checkpoint(base) / 'adapter.json').exists():
+                raise ValueError('that holds adapters itself')
+            model = cls.from_pretrained(base, dtype, device, experts, **overrides)
+        except ValueError as error:
+            raise ValueError(f'{folder / "adapter.json"} adapts {base!r}: {error}') from error
         model.add_lora(rank, alpha)
         places = {name: p for name, p in model.named_parameters() if 'lora.' in name}
         with opened(folder / 'adapter.safetensors') as file:

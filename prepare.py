@@ -180,6 +180,8 @@ def column(rows, source):
     with reading(source):
         for batch in rows.iter(batch_size=1000):
             name = text_column if text_column in batch or 'messages' not in batch else 'messages'
+            if not number and name == 'text' and 'messages' in batch:
+                print(f'({source} has messages beside its text; --text_column=messages takes them)')
             for i, value in enumerate(batch.get(name) or [None] * len(next(iter(batch.values())))):
                 if isinstance(value, list):
                     try:
@@ -188,6 +190,9 @@ def column(rows, source):
                         config.fail(f'{source}: row {number + i}: {error}')
                     if not any(channel == 'final' for _, channel, _ in value.parts):
                         config.fail(f'{source}: row {number + i}: the chat has no final answer of the assistant')
+                elif name == 'messages':
+                    config.fail(f'{source}: row {number + i}: messages is {repr(value)[:40]}; it wants a list of '
+                                '{role, content}')
                 if not isinstance(value, str | Chat):
                     there = ', '.join(name for name, values in batch.items() if values[i] is not None) or 'nothing'
                     config.fail(f'{source}: row {number + i} has {"no text" if value is None else repr(value)[:40]} '
@@ -341,7 +346,8 @@ def check_characters(encoder, text):
     """Raise ValueError for characters that a char tokenizer has not; the others know every byte."""
     if encoder.name == 'char':
         if unknown := sorted(set(text) - set(map(bytes.decode, encoder.token_byte_values()))):
-            raise ValueError(f'the corpus of this char tokenizer never had {", ".join(map(repr, unknown))}')
+            raise ValueError(f'the corpus of this char tokenizer never had {", ".join(map(repr, unknown))}; byte and '
+                             'bpe know every character')
 
 
 def encode_prompt(encoder, text):
@@ -526,6 +532,8 @@ def main():
     encoder, source = None, open_source()
     if Path(tokenizer, 'meta.json').is_file():
         encoder = load_tokenizer(tokenizer)
+    elif Path(tokenizer).is_dir():
+        config.fail(f'{tokenizer} holds no meta.json; name a data folder or a checkpoint such as {tokenizer}/best')
     elif tokenizer not in PATTERNS:
         encoder = encoding(tokenizer)
     chats = any(isinstance(text, Chat) for text, _ in itertools.islice(source['train'](), 1))
@@ -567,7 +575,7 @@ def main():
         for split in ('train', 'val'):
             if not meta[f'{split}_tokens']:
                 documents = meta['train_documents'] + meta['val_documents']
-                config.fail(f'{dataset} leaves nothing for {split}.bin; it has {documents} documents')
+                config.fail(f'{dataset} leaves nothing for {split}.bin; it has {documents} documents, and wants more')
         if dataset == 'builtin' and counts['documents'] >= 10:
             # what a perfect model would score on val.bin, in nats a token, if it saw every story from its beginning
             nats = [nats for _, nats in builtin_stories(megabytes, seed)][:max_docs or None]

@@ -128,8 +128,14 @@ def main():
         config.fail(f'reasoning_effort is {reasoning_effort!r}; it is low, medium or high')
     if experts not in ('', 'mxfp4'):
         config.fail(f'experts is {experts!r}; it is mxfp4, or empty')
-    if export and Path(export, 'config.json').exists():
-        config.fail(f'{export} is there already; --export wants a new folder')
+    if export:
+        try:
+            Path(export).mkdir(parents=True, exist_ok=True)
+            there = any(Path(export).iterdir())
+        except OSError as error:
+            config.fail(f'--export={export} cannot be made a folder: {error}')
+        if there:
+            config.fail(f'{export} is there already; --export wants a new folder')
     where, kind = pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     torch.manual_seed(seed)
     model, encoder, block_size = load(path, getattr(torch, kind), where)
@@ -156,7 +162,10 @@ def main():
 
     if chat:
         return converse(draw, encoder)
-    text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8') if start.startswith('FILE:') else start
+    try:
+        text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8') if start.startswith('FILE:') else start
+    except (OSError, UnicodeDecodeError) as error:
+        config.fail(f'--start={start} cannot be read: {error}')
     prompt = encode_prompt(encoder, text) or [encoder.eot_token]
     for _ in range(num_samples):
         print(text, end='', flush=True)

@@ -929,9 +929,17 @@ def test_adapters_alone(tmp_path):
     file.write_text(whole.replace('"lora_rank": 3', '"lora_rank": 2'))
     with pytest.raises(ValueError, match='does not fit .*base.*q_proj.lora.a'):
         GPT.from_pretrained(tmp_path / 'adapter')
-    file.write_text(whole[:20])
-    with pytest.raises(ValueError, match='adapter.json is damaged'):
-        GPT.from_pretrained(tmp_path / 'adapter')
+    for broken in (whole[:20], whole.replace('"overrides": {}', '"overrides": {"foo": 1}'),
+                   whole.replace('"lora_rank": 3', '"lora_rank": Infinity'), '[]'):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match='adapter.json is damaged'):
+            GPT.from_pretrained(tmp_path / 'adapter')
+    for base, message in (('adapter', 'holds adapters itself'), ('none', 'adapts .*none.*is no checkpoint')):
+        file.write_text(json.dumps(json.loads(whole) | dict(base=str(tmp_path / base))))
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(tmp_path / 'adapter')
+    with pytest.raises(ValueError, match='lora_rank is 65'):
+        make(**shape).add_lora(65, 1.0)
 
     # what the base was loaded with holds for the adapters too; a whole model is not written over, nor its base lost
     model = GPT.from_pretrained(tmp_path / 'base', torch.float32, sliding_window=3)
@@ -1545,7 +1553,9 @@ def test_chat(tmp_path):
 
     status, out, err = run('sample.py', '--out_dir=out', '--export=exported', '--dtype=float32', cwd=tmp_path)
     assert status == 0, err
-    refused(run('sample.py', '--out_dir=out', '--export=exported', cwd=tmp_path), 'exported is there already')
+    for folder in ('exported', 'data'):  # where anything is, nothing is written
+        refused(run('sample.py', '--out_dir=out', f'--export={folder}', cwd=tmp_path), f'{folder} is there already')
+    refused(run('sample.py', '--out_dir=out', '--export=chats.jsonl', cwd=tmp_path), 'chats.jsonl')
     theirs = transformers.GptOssForCausalLM.from_pretrained(tmp_path / 'exported', dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
     prompt = tokenizer.apply_chat_template([dict(role='user', content='green')], add_generation_prompt=True,
@@ -1575,8 +1585,12 @@ def test_chat(tmp_path):
                 '--overwrite', cwd=tmp_path), 'out holds what the adapters adapt')
     refused(run('train.py', *shape, '--init_from=out/best', '--experts=mxfp4', '--out_dir=new', cwd=tmp_path),
             'experts')
-    (tmp_path / 'data/val_mask.bin').write_bytes(b'abc')
-    refused(run('train.py', *shape, '--init_from=out/best', '--out_dir=new', cwd=tmp_path), 'val_mask.bin', '3 bytes')
+    refused(run('train.py', '--block_size=20', *shape[1:], '--out_dir=new', '--batch_size=1', '--eval_iters=1',
+                cwd=tmp_path), 'block_size (20)')
+    mask = tmp_path / 'data/val_mask.bin'
+    for broken, words in ((b'abc', '3 bytes'), (bytes(mask.stat().st_size), '0 of them 1')):
+        mask.write_bytes(broken)
+        refused(run('train.py', *shape, '--init_from=out/best', '--out_dir=new', cwd=tmp_path), 'val_mask.bin', words)
 
 
 def test_nothing_to_learn():

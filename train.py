@@ -91,6 +91,10 @@ if settings['init_from'] == 'resume':  # the run's own settings, but for what is
         state = json.loads(state_file.read_text())
         step, sequences, best_loss = int(state['step']), int(state['sequences']), float(state['best_loss'])
         remembered = dict(state['settings'])
+        for key, value in remembered.items():
+            now = settings.get(key)
+            if now is not None and type(value) is not type(now) and not {type(value), type(now)} <= {int, float}:
+                raise ValueError(f'{key} is {value!r}')
     except (OSError, ValueError, KeyError, TypeError) as error:
         config.fail(f'{state_file} is damaged ({type(error).__name__}: {error}); start anew from the weights with '
                     f'--init_from={state_file.parent} and another --out_dir')
@@ -116,10 +120,10 @@ for key in ('beta1', 'beta2', 'cooldown'):
 check(lr_schedule in ('cosine', 'linear', 'constant'),
       f'lr_schedule is {lr_schedule!r}; it is cosine, linear or constant')
 check(lora_rank >= 0 and lora_alpha > 0,
-      f'lora_rank is {lora_rank} and lora_alpha {lora_alpha}; lora_rank is at least 0, lora_alpha above it')
+      f'lora_rank is {lora_rank} and lora_alpha {lora_alpha}; they must be at least 0, and above 0')
 check(not lora_rank or init_from != 'scratch', 'lora_rank adapts a model that there is: give --init_from=FOLDER')
-check(experts in ('', 'mxfp4') and (lora_rank or not experts),
-      f'experts is {experts!r}; it is mxfp4, together with --lora_rank, or empty')
+check(experts in ('', 'mxfp4'), f'experts is {experts!r}; it is mxfp4, or empty')
+check(not experts or init_from != 'scratch', 'experts=mxfp4 keeps those of a checkpoint: give --init_from=FOLDER')
 device, dtype = pick_device(device, dtype)
 device_type = torch.device(device).type
 out = Path(out_dir)
@@ -147,6 +151,7 @@ try:
     bytes_per_token = meta['val_bytes'] / meta['val_targets' if chats else 'val_tokens']
     perfect = float(meta.get('perfect_loss', 'nan'))
     numbers = *sizes.values(), vocabulary, meta['val_bytes']
+    numbers += (end_of_text + 2, meta.get('train_targets', 1), meta.get('val_targets', 1))
     if not all(isinstance(n, int) and n > 0 for n in numbers) or token_dtype.name not in ('uint16', 'uint32'):
         raise ValueError(f'sizes {numbers}, dtype {token_dtype}')
 except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -169,6 +174,7 @@ try:
                                     **changes)
         if lora_rank and not model.lora:
             model.add_lora(lora_rank, lora_alpha)
+        check(not experts or model.lora, 'experts at four bits a value do not train: --experts=mxfp4 wants --lora_rank')
         check(not lora_rank or lora_rank == model.lora['lora_rank'],
               f'{source} has adapters of lora_rank {(model.lora or settings)["lora_rank"]}, not {lora_rank}')
         check(not model.lora or out.resolve() not in Path(model.source['base']).resolve().parents,
@@ -185,7 +191,9 @@ try:
                             f'with --tokenizer={folder}')
 except (ValueError, OSError, KeyError, AttributeError) as error:
     config.fail(error)
-except (torch.OutOfMemoryError, MemoryError):
+except (MemoryError, RuntimeError) as error:
+    if 'memory' not in str(error):
+        raise
     config.fail(f'{device} has too little memory for this model; --lora_rank with --experts=mxfp4 takes least')
 vocab_size = model.config.vocab_size
 check(block_size <= model.config.max_position_embeddings,
@@ -226,10 +234,11 @@ def open_bin(split):
     tokens = np.memmap(path, token_dtype, 'r')
     if chats:
         file = data / f'{split}_mask.bin'
-        masks[split] = np.fromfile(file, np.uint8) if file.exists() else ()
-        check(len(masks[split]) == len(tokens), f'{file}: found {len(masks[split])} bytes, expected {len(tokens)}, one '
-                                                f'a token; prepare again')
-        masks[split] = np.pad(masks[split], (0, block_size))  # so that the last chat has a whole row
+        mask = np.fromfile(file, np.uint8) if file.is_file() else np.zeros(0)
+        check(len(mask) == len(tokens) and mask.sum() == meta.get(f'{split}_targets'),
+              f'{file}: found {len(mask)} bytes, {mask.sum():.0f} of them 1, expected {len(tokens)} and '
+              f'{meta.get(f"{split}_targets")}; prepare again')
+        masks[split] = np.pad(mask, (0, block_size))  # so that the last chat has a whole row
         tokens = np.pad(tokens, (0, block_size), constant_values=end_of_text)
     largest = max(int(tokens[i:i + 2 ** 24].max()) for i in range(0, len(tokens), 2 ** 24))
     check(largest < vocab_size, f'{path} holds the token id {largest}, but the model has vocab_size {vocab_size}')
@@ -305,7 +314,8 @@ def evaluate():
             loss = run(x, y, return_logits=False)[1]
         total, count = total + loss * (y >= 0).sum(), count + (y >= 0).sum()
     model.train()
-    return (total / count.clamp(min=1)).item()
+    check(count > 0, f'the validation rows hold nothing to learn: the chats are longer than block_size ({block_size})')
+    return (total / count).item()
 
 
 def expert_report():
