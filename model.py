@@ -1165,15 +1165,15 @@ def kernels():
         return None
 
 
+LARGE = 2 ** 16  # values in a matrix; below, PyTorch's own way takes no longer
+
+
 def narrow(x, w):
     """Whether matvecs takes x, of one row, and w: on a CPU, in fp32 through bf16 or MXFP4, large, with no gradients."""
     return (x.dtype == torch.float32 and x.numel() == x.size(-1) and x.device.type == 'cpu'
             and (isinstance(w, MXFP4) or w.dtype == torch.bfloat16 and w.is_contiguous()) and w.shape.numel() >= LARGE
             and x.size(-1) % 32 == 0 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
             and kernels() is not None)
-
-
-LARGE = 2 ** 16  # values in a matrix; below, PyTorch's own way takes no longer
 
 
 def matvecs(pairs):

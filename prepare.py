@@ -264,8 +264,9 @@ class Chat:
                 raise ValueError(f'message {number} has the channel {channel!r}; it is analysis, commentary or final')
             self.parts.append((role, channel, text))
 
-    def text(self, effort='medium'):
-        return '\n'.join((SYSTEM.format(effort), 'system', *itertools.chain(*self.parts)))
+    def text(self):
+        """All its characters, for tokenizers to learn from."""
+        return '\n'.join((SYSTEM.format('medium'), 'system', *itertools.chain(*self.parts)))
 
     def prompt(self, encoder, effort='medium'):
         """Token ids of the conversation so far, up to where the assistant answers; its earlier analysis is dropped."""
@@ -423,13 +424,13 @@ def write_tokenizer(encoder, folder):
     names = [special.get(number, f'<|unused_{number}|>') for number in range(len(ranks), encoder.n_vocab)]
     bpe.add_special_tokens([AddedToken(token, normalized=False) for token in names])  # numbered as they come
     bpe.save(str(folder / 'tokenizer.json'))
-    stops, names = stop_tokens(encoder), dict(eos_token=END, pad_token=END)
+    options = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, eos_token=END,
+                   pad_token=END)
     if '<|start|>' in encoder.special_tokens_set:
-        names |= dict(eos_token='<|return|>', chat_template=CHAT_TEMPLATE)
-    (folder / 'tokenizer_config.json').write_text(json.dumps(names | dict(
-        tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False), indent=2) + '\n')
+        options |= dict(eos_token='<|return|>', chat_template=CHAT_TEMPLATE)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(options, indent=2) + '\n')
     (folder / 'generation_config.json').write_text(json.dumps(dict(
-        do_sample=True, eos_token_id=stops, pad_token_id=encoder.eot_token), indent=2) + '\n')
+        do_sample=True, eos_token_id=stop_tokens(encoder), pad_token_id=encoder.eot_token), indent=2) + '\n')
 
 
 # --- from pieces to files -----------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def load(path, dtype, device):
     """The model of a checkpoint; its tokenizer, gpt-oss's if none is beside it; the block it was trained on."""
     folder = find_checkpoint(path)
     packed = '' if export and (folder / 'adapter.json').exists() else experts  # exporting packs what was merged
-    model = GPT.from_pretrained(path, torch.bfloat16 if packed else dtype, device, packed or None)
+    model = GPT.from_pretrained(path, torch.bfloat16 if packed and not export else dtype, device, packed or None)
     model.compute_dtype, meta = dtype, folder / 'meta.json'
     if model.lora and not packed:
         model.merge_lora()

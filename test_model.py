@@ -1184,10 +1184,7 @@ def test_bad_chats(tmp_path):
             ([dict(role='user', content=None), answer], ['message 1', 'content']), ([user, 'yes'], ['message 2']),
             ([user, answer | dict(tool_calls=[dict(name='f')])], ['message 2', 'calls a tool']),
             ([user, answer | dict(channel='loud')], ['message 2', "'loud'"])):
-        try:
-            file = write_chats(tmp_path / 'chats.jsonl', [chat] * 3)
-        except TypeError:
-            continue
+        file = write_chats(tmp_path / 'chats.jsonl', [chat] * 3)
         refused(run('prepare.py', f'--dataset={file}', f'--data_dir={tmp_path}/data', '--tokenizer=byte'), *words)
     file = write_chats(tmp_path / 'chats.jsonl')
     vocabulary('gpt2')

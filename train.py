@@ -150,8 +150,8 @@ try:
     end_of_text, chats = meta.get('eot_token', -1), 'val_targets' in meta  # chats: with masks of what to train on
     bytes_per_token = meta['val_bytes'] / meta['val_targets' if chats else 'val_tokens']
     perfect = float(meta.get('perfect_loss', 'nan'))
-    numbers = *sizes.values(), vocabulary, meta['val_bytes']
-    numbers += (end_of_text + 2, meta.get('train_targets', 1), meta.get('val_targets', 1))
+    numbers = [*sizes.values(), vocabulary, meta['val_bytes'], end_of_text + 2]  # -1: no token ends a text
+    numbers += [meta[f'{split}_targets'] for split in sizes if chats]
     if not all(isinstance(n, int) and n > 0 for n in numbers) or token_dtype.name not in ('uint16', 'uint32'):
         raise ValueError(f'sizes {numbers}, dtype {token_dtype}')
 except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -192,7 +192,7 @@ try:
 except (ValueError, OSError, KeyError, AttributeError) as error:
     config.fail(error)
 except (MemoryError, RuntimeError) as error:
-    if 'memory' not in str(error):
+    if not isinstance(error, MemoryError) and 'memory' not in str(error):
         raise
     config.fail(f'{device} has too little memory for this model; --lora_rank with --experts=mxfp4 takes least')
 vocab_size = model.config.vocab_size
@@ -229,15 +229,17 @@ def open_bin(split):
     found, expected = path.stat().st_size if path.exists() else 'no file', sizes[split] * token_dtype.itemsize
     check(found == expected, f'{path}: found {found} bytes, expected {expected} (meta.json: {sizes[split]} tokens of '
                              f'{token_dtype}); prepare again')
-    check(sizes[split] > block_size or chats, f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = '
-                                     f'{block_size + 1}; take a smaller --block_size or more text')
+    check(sizes[split] > block_size or chats,
+          f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = {block_size + 1}; take a smaller '
+          '--block_size or more text')
     tokens = np.memmap(path, token_dtype, 'r')
     if chats:
         file = data / f'{split}_mask.bin'
         mask = np.fromfile(file, np.uint8) if file.is_file() else np.zeros(0)
-        check(len(mask) == len(tokens) and mask.sum() == meta.get(f'{split}_targets'),
-              f'{file}: found {len(mask)} bytes, {mask.sum():.0f} of them 1, expected {len(tokens)} and '
-              f'{meta.get(f"{split}_targets")}; prepare again')
+        targets = meta[f'{split}_targets']
+        check(len(mask) == len(tokens) and mask.sum() == targets,
+              f'{file}: found {len(mask)} bytes, {mask.sum():.0f} of them 1, expected {len(tokens)} and {targets}; '
+              'prepare again')
         masks[split] = np.pad(mask, (0, block_size))  # so that the last chat has a whole row
         tokens = np.pad(tokens, (0, block_size), constant_values=end_of_text)
     largest = max(int(tokens[i:i + 2 ** 24].max()) for i in range(0, len(tokens), 2 ** 24))
