@@ -318,7 +318,8 @@ def measure_learning(job):
         with torch.autocast(device.partition(':')[0], dtype, enabled=dtype != torch.float32):
             if ours:
                 hidden, balance = model.hidden_states(x)
-                loss = LinearCrossEntropy.apply(hidden.flatten(0, 1), model.lm_head.weight, y.flatten(), model.training)
+                loss = LinearCrossEntropy.apply(hidden.flatten(0, 1), model.lm_head.weight, y.flatten(),
+                                                torch.tensor(y.numel(), device=y.device), model.training)
                 return loss, model.config.router_aux_loss_coef * balance if model.training else None
             logits = model(x, use_cache=False).logits.flatten(0, 1).float()
             return torch.nn.functional.cross_entropy(logits, y.flatten()), 0.0

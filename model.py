@@ -60,16 +60,25 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm on queries and keys; not in gpt-oss
 
     def __post_init__(self):
-        if self.layer_types is None:
-            self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
         for field in fields(self):
-            value = getattr(self, field.name)
-            least = 'at least 1' if field.type is int else '0 or more'
-            if field.type is int and value < 1 or field.type is float and not 0 <= value < math.inf:
-                raise ValueError(f'{field.name} is {value}; it must be {least}')
-        unknown = sorted(set(self.layer_types) - {SLIDING, FULL})
+            value, kind = getattr(self, field.name), field.type
+            number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            if kind is bool:
+                good, wanted = isinstance(value, bool), 'True or False'
+            elif kind is int:
+                most = 10 ** 4 if field.name == 'num_hidden_layers' else 2 ** 31  # a stranger's file may say anything
+                good, wanted = number and 1 <= value < most, f'a whole number, at least 1 and below {most}'
+            elif field.name != 'layer_types':
+                good, wanted = number and 0 <= value < math.inf, '0 or more'
+            if field.name != 'layer_types' and not good:
+                raise ValueError(f'{field.name} is {value!r}; it must be {wanted}'[:200])
+        if self.layer_types is None:
+            self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
+        if not isinstance(self.layer_types, list):
+            raise ValueError(f'layer_types is {self.layer_types!r}; it must be a list'[:200])
+        unknown = [kind for kind in self.layer_types if kind not in (SLIDING, FULL)][:3]
         for wrong, message in (
                 (self.num_attention_heads % self.num_key_value_heads,
                  'num_attention_heads ({num_attention_heads}) must be a multiple of '
@@ -463,6 +472,7 @@ class MoE(nn.Module):
         self.router = Linear(config.hidden_size, config.num_local_experts)
         self.experts = Experts(config)
         self.k = config.num_experts_per_tok
+        self.group = None  # of torch.distributed: the processes that share a batch, which is to be balanced as one
         # of training since whoever reads them last set them to zero: (token, choice) pairs that each expert got, and
         # the entropy of the router's softmax over all experts, in nats, summed over the tokens
         self.register_buffer('load', torch.zeros(config.num_local_experts, dtype=torch.int64), persistent=False)
@@ -476,8 +486,11 @@ class MoE(nn.Module):
         y, load = self.experts(rows, chosen, best.softmax(-1))
         balance = None
         if self.training:
-            odds = logits.softmax(-1)
-            balance = len(load) * (odds.mean(0) @ (load / load.sum()))
+            odds, everywhere = logits.softmax(-1), load
+            if self.group is not None:
+                everywhere = load.clone()
+                torch.distributed.all_reduce(everywhere, group=self.group)
+            balance = len(load) * (odds.mean(0) @ (everywhere / everywhere.sum()))
             self.load += load
             self.entropy += torch.special.entr(odds.detach()).sum().nan_to_num()
         return y.view_as(x), balance
@@ -573,13 +586,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T, without ever holding all the (N, V) logits.
 
     Forward works through the rows in chunks and turns each chunk's logits into its gradients at once, so nothing is
-    computed twice and backward only scales. x (N, D), weight (V, D), targets (N,) int64, -1 is ignored -> scalar fp32.
+    computed twice and backward only scales. x (N, D), weight (V, D), targets (N,) int64, -1 is ignored; the sum is
+    divided by count -> scalar fp32.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, needs_grad):
-        w = weight.to(x.dtype)
-        loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum().clamp(min=1)
+    def forward(ctx, x, weight, targets, count, needs_grad):
+        w, loss = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32)
         dx, trains = [], needs_grad and weight.requires_grad
         dw = torch.zeros_like(weight, dtype=torch.float32) if trains else None
         rows = max(1, 2 ** 25 // len(w))  # 2^25 logits in fp32 are 128 MB
@@ -605,7 +618,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale.to(dx.dtype), None if dw is None else (dw * scale).to(ctx.dtype), None, None
+        return dx * scale.to(dx.dtype), None if dw is None else (dw * scale).to(ctx.dtype), None, None, None
 
 
 class Muon(torch.optim.Optimizer):
@@ -614,7 +627,8 @@ class Muon(torch.optim.Optimizer):
     A group holds parameters of one shape (..., m, n): leading dimensions count matrices, experts for instance, and each
     is `pieces` matrices on top of one another, gate and up for instance. A step moves an m x n matrix by lr * max(1,
     m / n)^0.5 in every direction that its gradients point to, the rare ones too. One that never had a gradient, an
-    expert without tokens for instance, stays; one that has none any more goes on as its momentum points.
+    expert without tokens for instance, stays; one that has none any more goes on as its momentum points. Parameters may
+    be sharded over processes along their first dimension, by FSDP2.
     """
 
     def __init__(self, groups, lr, momentum, weight_decay):
@@ -626,21 +640,30 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group['params'] if p.grad is not None]
             if not params:
                 continue
-            grads, beta = [p.grad for p in params], group['momentum']
             for p in params:
                 if not self.state[p]:
                     self.state[p]['momentum'] = torch.zeros_like(p)
-            buffers = [self.state[p]['momentum'] for p in params]
-            lr = group['lr']
+            whole, beta, lr = params[0], group['momentum'], group['lr']
+            grads, buffers = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+            if hasattr(whole, 'to_local'):  # a DTensor; what follows is done by each process to its shards
+                params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
             if getattr(self, 'found_inf', None) is not None:  # then nothing moves, and the host need not know
                 lr = lr * (1 - self.found_inf)
                 grads = [torch.where(self.found_inf > 0, buffer, grad) for grad, buffer in zip(grads, buffers)]
             torch._foreach_lerp_(buffers, grads, 1 - beta)
             ahead = torch.stack(torch._foreach_lerp(grads, buffers, beta))  # Nesterov's momentum
+            rows_apart = params[0] is not whole and whole.dim() == 2  # of a stack every shard has whole matrices
+            if rows_apart:
+                from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+                shape, mesh = torch.Size((len(params), *whole.shape)), whole.device_mesh
+                ahead = DTensor.from_local(ahead, mesh, [Shard(1)], run_check=False, shape=shape,
+                                           stride=torch.empty(shape, device='meta').stride()).full_tensor()
             matrices = ahead.view(-1, ahead.size(-2) // group['pieces'], ahead.size(-1))
             size = lr * max(1, matrices.size(1) / matrices.size(2)) ** 0.5
             update = orthogonalize(matrices, torch.bfloat16 if matrices.is_cuda else torch.float32)
             update = update.mul_(size).reshape(ahead.shape)
+            if rows_apart:
+                update = distribute_tensor(update, mesh, [Shard(1)], src_data_rank=None).to_local()
             if group['weight_decay']:
                 torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
             torch._foreach_sub_(params, update.unbind())
@@ -710,12 +733,13 @@ class GPT(nn.Module):
                 balances.append(balance)
             return self.model.norm(x), torch.stack(balances).mean() if self.training else None
 
-    def forward(self, idx, targets=None, return_logits=True):
+    def forward(self, idx, targets=None, return_logits=True, count=None):
         """idx, targets int64 (B, T), target -1 is ignored -> (logits, loss).
 
         With targets, logits are (B, T, V) and loss is the mean cross-entropy in nats, plus, in training mode, the load-
         balancing loss times its coefficient; return_logits=False gives (None, loss) and never holds all the logits.
-        Without targets, logits are (B, 1, V), of the last position, and loss is None.
+        Without targets, logits are (B, 1, V), of the last position, and loss is None. The mean is over the targets that
+        count, or, for a batch that is part of a larger one, the sum divided by `count`, a scalar tensor.
         """
         if idx.size(1) > (longest := self.config.max_position_embeddings):
             raise ValueError(f'{idx.size(1)} tokens exceed max_position_embeddings = {longest}')
@@ -723,12 +747,14 @@ class GPT(nn.Module):
         with torch.autocast(idx.device.type, enabled=False):
             if targets is None:
                 return self.lm_head(x[:, -1:]), None
+            targets = targets.flatten()
+            count = (targets >= 0).sum().clamp(min=1) if count is None else count
             if return_logits:
                 logits = self.lm_head(x)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-1, reduction='sum') / count
             else:
                 logits = None
-                loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets, count,
                                                 torch.is_grad_enabled())
         if self.training and self.config.router_aux_loss_coef:
             loss = loss + self.config.router_aux_loss_coef * balance
@@ -898,24 +924,23 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
         if not self.lora or not self.source:
             raise ValueError('there are no adapters of a saved model: from_pretrained(folder), then add_lora()')
-        folder, base = Path(path), self.source['base']
+        folder = Path(path)
         if (folder / 'config.json').exists():
             raise ValueError(f'{folder} holds a whole model; adapters want a folder of their own')
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach() for name, p in self.named_parameters() if 'lora.' in name}
         save_file(tensors, folder / 'adapter.safetensors', {'format': 'pt'})
-        known = self.source | self.lora | dict(base=str(Path(base).resolve() if Path(base).exists() else base))
-        (folder / 'adapter.json').write_text(json.dumps(known, indent=2) + '\n')
+        self.save_config(folder)
 
     @classmethod
     def from_adapter(cls, folder, dtype, device, experts, overrides):
         """from_pretrained of a folder that save_adapter wrote."""
+        raw = read_json(folder / 'adapter.json')
         try:
-            raw = json.loads((folder / 'adapter.json').read_text())
             base, rank, alpha = str(raw['base']), int(raw['lora_rank']), float(raw['lora_alpha'])
             overrides = dict(raw['overrides']) | overrides
             replace(GPTConfig(), **raw['overrides'])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f'{folder / "adapter.json"} is damaged ({type(error).__name__}: {error})') from error
         try:
             if (find_checkpoint(base) / 'adapter.json').exists():
@@ -923,16 +948,18 @@ class GPT(nn.Module):
             model = cls.from_pretrained(base, dtype, device, experts, **overrides)
         except ValueError as error:
             raise ValueError(f'{folder / "adapter.json"} adapts {base!r}: {error}') from error
-        model.add_lora(rank, alpha)
+        stored = Stored([*folder.glob('adapter.safetensors'), *folder.glob('shard-*.safetensors')], folder)
+        try:
+            model.add_lora(rank, alpha)
+        except ValueError as error:
+            raise ValueError(f'{folder / "adapter.json"}: {error}') from error
         places = {name: p for name, p in model.named_parameters() if 'lora.' in name}
-        with opened(folder / 'adapter.safetensors') as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        wrong = [name for name in {*places, *tensors}
-                 if name not in places or name not in tensors or places[name].shape != tensors[name].shape]
+        wrong = [name for name in {*places, *stored.parts}
+                 if name not in places or name not in stored.parts or places[name].shape != stored.get(name, True).shape]
         if wrong:
-            raise ValueError(f'{folder} does not fit {base}: {", ".join(sorted(wrong))}')
+            raise ValueError(f'{folder} does not fit {base}: {", ".join(sorted(wrong)[:10])}')
         for name, p in places.items():
-            fill(p, tensors[name])
+            fill(p, stored.get(name))
         return model
 
     @classmethod
@@ -952,32 +979,36 @@ class GPT(nn.Module):
             overrides.setdefault('attention_dropout', None)
         config = replace(read_config(folder / 'config.json'), **overrides)
         check_packing(experts, config)
+        # what the files' headers tell comes first, so that memory is taken only for what is there
+        shapes = {name: tuple(tensor.shape) for name, tensor, _ in read_tensors(folder, config, shapes_only=True)}
+        if config.num_hidden_layers > len(shapes):
+            raise ValueError(f'{folder} has {len(shapes)} tensors, too few for {config.num_hidden_layers} layers')
         with torch.device('meta'):
             model = cls(config)
             if experts:
                 model.pack_experts()
+        places, tied = model.places(), config.tie_word_embeddings
+        if tied:
+            places['lm_head.weight'] = model.lm_head.weight  # which files may have, too
+        wrong = [f'{name} is {shape}, expected {tuple(places[name].shape) if name in places else "no such tensor"}'
+                 for name, shape in shapes.items() if name not in places or shape != tuple(places[name].shape)]
+        wrong += [f'{name} is missing' for name in sorted(places.keys() - shapes.keys() - {tied and 'lm_head.weight'})]
+        if wrong:
+            raise ValueError(f'{folder} does not fit the config: {"; ".join(wrong[:10])}'
+                             + (f'; and {len(wrong) - 10} more' if len(wrong) > 10 else ''))
         for p in model.parameters():
             p.data = p.data.to(dtype)
         model.to_empty(device=device)
         for layer in model.model.layers:  # counters, which no checkpoint has
             layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
-        places, wrong = model.places(), []
-        missing, model.source = set(places), dict(base=str(path), overrides=overrides)
-        for name, tensor in read_tensors(folder, config):
-            expected = tuple(places[name].shape) if name in places else 'no such tensor'
-            if tuple(tensor.shape) == expected:
-                fill(places[name], tensor, interleaved='.gate_up_' in name)
-            else:
-                wrong.append(f'{name} is {tuple(tensor.shape)}, expected {expected}')
-            missing.discard(name)
-        if config.tie_word_embeddings:
+        places, model.source = model.places(), dict(base=str(path), overrides=overrides)
+        on_meta = torch.device(device).type == 'meta'
+        for name, tensor, by_turns in [] if on_meta else read_tensors(folder, config):
+            fill(places[name], tensor, by_turns)
+        if tied:
             head, model.lm_head.weight = model.lm_head.weight, model.model.embed_tokens.weight
-            if 'lm_head.weight' not in missing and not torch.equal(head, model.lm_head.weight):
+            if 'lm_head.weight' in shapes and not on_meta and not torch.equal(head, model.lm_head.weight):
                 raise ValueError(f'{folder} has a head of its own, so tie_word_embeddings cannot be True')
-            missing.discard('lm_head.weight')
-        wrong += [f'{name} is missing' for name in sorted(missing)]
-        if wrong:
-            raise ValueError(f'{folder} does not fit the config: {"; ".join(wrong)}')
         return model
 
     def save_pretrained(self, path, dtype=None, experts=None, portable=True, shard_size=5e9):
@@ -1019,13 +1050,26 @@ class GPT(nn.Module):
         count = max(where.values())
         names = {n: 'model.safetensors' if count == 1 else f'model-{n:05}-of-{count:05}.safetensors'
                  for n in range(1, count + 1)}
-        for old in (*folder.glob('model*.safetensors*'), *folder.glob('adapter.*')):
+        for number in names:
+            with open(file(number), 'rb') as new:
+                os.fsync(new.fileno())  # the disk has it before what was there goes
+        for old in (*folder.glob('model*.safetensors*'), *folder.glob('shard-*'), *folder.glob('adapter.*')):
             old.unlink()
         for number, name in names.items():
             file(number).rename(folder / name)
         if count > 1:
             index = dict(metadata=dict(total_size=total), weight_map={key: names[n] for key, n in where.items()})
             (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+        self.save_config(folder, dtype, experts)
+
+    def save_config(self, folder, dtype=torch.float32, experts=None):
+        """Write what there is beside the tensors: adapter.json, or config.json and generation_config.json for weights of
+        this dtype."""
+        if self.lora:
+            base = self.source['base']
+            known = self.source | self.lora | dict(base=str(Path(base).resolve() if Path(base).exists() else base))
+            (folder / 'adapter.json').write_text(json.dumps(known, indent=2) + '\n')
+            return
         raw = asdict(self.config)
         rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
         raw['rope_theta'] = rope.pop('theta')
@@ -1255,12 +1299,22 @@ def find_checkpoint(path):
                          f'({type(error).__name__}); download it elsewhere and give its folder') from error
 
 
+def read_json(path):
+    """The object in a JSON file, a dict. Raises ValueError, also for files larger than 64 MB, which are none of ours."""
+    try:
+        if os.stat(path).st_size > 2 ** 26:
+            raise ValueError('it is larger than 64 MB')
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(found, dict):
+            raise ValueError(f'it holds a {type(found).__name__}, not an object')
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is damaged, not a JSON object ({type(error).__name__}: {error})') from error
+    return found
+
+
 def read_config(path):
     """GPTConfig from the config.json of Hugging Face (rope_scaling or rope_parameters) or OpenAI (flat, own names)."""
-    try:
-        raw = {key: value for key, value in json.loads(Path(path).read_text()).items() if value is not None}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f'{path} is not a JSON object: {error}') from error
+    raw = {key: value for key, value in read_json(path).items() if value is not None}
     openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
                   initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',
                   rope_ntk_alpha='rope_beta_slow', rope_ntk_beta='rope_beta_fast')
@@ -1298,62 +1352,89 @@ RENAMES = (('unembedding.', 'lm_head.'), ('embedding.', 'model.embed_tokens.'), 
            ('experts.down_proj', 'experts.down_weight'))
 
 
-@contextmanager
-def opened(path):
-    """A safetensors file, opened anew for each tensor: what was read from it stays in memory as long as it is open."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, 'pt') as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
+class Stored:
+    """The tensors of safetensors files: parts {name: [(first row, path)]}, for ranks of FSDP each write some rows of one.
 
-
-def read_tensors(folder, config):
-    """Yield (name, tensor or MXFP4), by our names, for every tensor in the folder's safetensors files.
-
-    All come as we keep them but that gates and ups take turns. Expert matrices are (E, out, in) in OpenAI's files and
-    in MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files. down_proj is square in gpt-oss, so only the name and
-    the format tell, never the shape.
+    Headers are checked by the safetensors package: their length, and that the tensors fill the file. A file is opened
+    anew for each tensor, for what was read from it stays in memory as long as it is open. Raises ValueError.
     """
-    paths, index = sorted(folder.glob('model*.safetensors')), folder / 'model.safetensors.index.json'
-    if index.is_file():
+
+    def __init__(self, paths, folder):
+        self.parts = {}
+        for path in sorted(paths):
+            with self.opened(path) as file:
+                rows = json.loads((file.metadata() or {}).get('DCP_SHARDING_INFO', '{}'))  # torch.distributed's
+                for name in file.keys():
+                    if '/' in name:
+                        continue  # an optimizer's
+                    first = rows[name]['saved_offsets'] if name in rows else []
+                    self.parts.setdefault(name, []).append((first[0] if first else 0, path))
+        if not self.parts:
+            raise ValueError(f'{folder} has no model*.safetensors, or no tensors in them')
+        for name, parts in self.parts.items():
+            self.parts[name] = sorted(parts)
+
+    @contextmanager
+    def opened(self, path):
+        from safetensors import SafetensorError, safe_open
         try:
-            names = set(json.loads(index.read_text())['weight_map'].values())
-            paths = [folder / Path(name).name for name in sorted(names)]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f'{index} is no index of tensors ({type(error).__name__}: {error})') from error
-    if not paths:
-        raise ValueError(f'{folder} has no model*.safetensors')
-    files = {}
-    for path in paths:
-        with opened(path) as file:
-            files |= dict.fromkeys(file.keys(), path)
+            with safe_open(path, 'pt') as file:
+                yield file
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
 
-    def get(name):
-        with opened(files[name]) as file:
-            return file.get_tensor(name)
+    def get(self, name, shape_only=False):
+        """The tensor of this name, or one on meta that has its shape."""
+        parts, rows = [], 0
+        for first, path in self.parts[name]:
+            with self.opened(path) as file:
+                kind = file.get_slice(name).get_dtype()
+                if kind not in ('F32', 'F16', 'BF16', 'F64') and not (kind == 'U8' and name.endswith(('scales', 'blocks'))):
+                    raise ValueError(f'{name} holds {kind}, which is no weight')
+                shape = file.get_slice(name).get_shape()
+                parts.append(torch.empty(shape, device='meta') if shape_only else file.get_tensor(name))
+            if first != rows:
+                raise ValueError(f'{path}: {name} begins at row {first}, but {rows} rows come before')
+            rows += len(parts[-1]) if parts[-1].dim() else 0
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    for theirs in files:
-        if theirs.endswith('scales') and theirs.removesuffix('scales') + 'blocks' in files:
+
+def read_tensors(folder, config, shapes_only=False):
+    """Yield (name, tensor or MXFP4, whether gates and ups take turns), by our names, for each in the folder's files.
+
+    Expert matrices are (E, out, in) in OpenAI's files and in MXFP4, (E, in, out) in Hugging Face's bf16 and fp32 files.
+    down_proj is square in gpt-oss, so only the name and the format tell, never the shape. What FSDP's ranks wrote in
+    parts, shard-*, is as we keep it.
+    """
+    paths, index = [*folder.glob('model*.safetensors'), *folder.glob('shard-*.safetensors')], 'model.safetensors.index.json'
+    if (folder / index).is_file():
+        try:
+            paths = [folder / Path(name).name for name in set(read_json(folder / index)['weight_map'].values())]
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f'{folder / index} is no index of tensors ({type(error).__name__}: {error})') from error
+    stored = Stored(paths, folder)
+    for theirs in stored.parts:
+        if theirs.endswith('scales') and theirs.removesuffix('scales') + 'blocks' in stored.parts:
             continue
-        tensor, name = get(theirs), theirs
+        tensor, name = stored.get(theirs, shapes_only), theirs
         for old, new in RENAMES:
             name = name.replace(old, new)
+        by_turns = '.gate_up_' in name and name != theirs
         if theirs.endswith('blocks'):
             scales = theirs.removesuffix('blocks') + 'scales'
-            if scales not in files:
+            if scales not in stored.parts:
                 raise ValueError(f'{folder} has {theirs} but no {scales}')
-            tensor, name = MXFP4(tensor, get(scales)), name.removesuffix('blocks')[:-1]
+            tensor, name = MXFP4(tensor, stored.get(scales, shapes_only)), name.removesuffix('blocks')[:-1]
         elif theirs.endswith(('gate_up_proj', 'down_proj')):
             tensor = tensor.mT
         if '.qkv.' in name:
             queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
             sizes = queries, keys, keys
             parts = tensor.split(sizes) if len(tensor) == sum(sizes) else [tensor] * 3
-            yield from zip((name.replace('qkv', part) for part in ('q_proj', 'k_proj', 'v_proj')), parts)
+            for part, rows in zip('qkv', parts):
+                yield name.replace('qkv', f'{part}_proj'), rows, False
         else:
-            yield name, tensor
+            yield name, tensor, by_turns
 
 
 def dequantize_mxfp4(blocks, scales):

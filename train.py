@@ -5,14 +5,18 @@ Train a GPT-OSS. With no arguments it makes up a corpus of small stories and lea
     python train.py config/tinystories.py --batch_size=32
     python train.py --out_dir=out --init_from=resume
     python train.py --init_from=openai/gpt-oss-20b --data_dir=data/chats --lora_rank=8 --out_dir=out-chats
+    torchrun --nproc_per_node=8 train.py config/gpt_oss_500m.py
 
-Every setting below is a flag, and so is every field of model.py's GPTConfig; --help lists them all.
+Under torchrun the processes share every step's batch, so the numbers are those of one process. With --fsdp=True they
+share the model too: its weights, gradients and moments. Every setting below is a flag, and so is every field of model.py's GPTConfig; --help lists them all.
 """
 
 import config  # first, for it makes Ctrl-C quiet
 
+import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -25,12 +29,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from bench import peak_flops, pick_device
-from model import GPT, GPTConfig, Muon, find_checkpoint
+from model import GPT, GPTConfig, Muon, find_checkpoint, read_json
 
 # -----------------------------------------------------------------------------
 # where things are
@@ -41,7 +47,7 @@ overwrite = False  # replace the run that is in out_dir
 lora_rank = 0  # fine-tune by adapters of this rank on attention and experts, the model itself frozen; 0: all of it
 lora_alpha = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
 experts = ''  # mxfp4: with lora_rank, keep the frozen experts at four bits a value
-# batches
+# batches; under torchrun the processes share them
 batch_size = 16  # sequences that go through the model together
 block_size = 256  # tokens in a sequence
 gradient_accumulation_steps = 1  # batches that make one step
@@ -79,35 +85,115 @@ wandb_run_name = ''  # its name for the run; empty: out_dir
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: the first that the device is fast in
 compile: bool | None = None  # torch.compile; None: on cuda only
+fsdp = False  # under torchrun: spread weights, gradients and moments over the processes (FSDP2), for what one cannot hold
 seed = 1337  # of the weights, the batches and dropout
 # -----------------------------------------------------------------------------
 settings, given = config.read(__file__, model=True)
-if settings['init_from'] == 'resume':  # the run's own settings, but for what is asked for now
-    state_files = [Path(settings['out_dir'], name, 'state.json') for name in ('last', 'last.old')]
-    state_file = next(filter(Path.exists, state_files), None)
-    if state_file is None:
-        config.fail(f'{settings["out_dir"]} holds no run to resume')
-    try:
-        state = json.loads(state_file.read_text())
-        step, sequences, best_loss = int(state['step']), int(state['sequences']), float(state['best_loss'])
-        remembered = dict(state['settings'])
-        for key, value in remembered.items():
-            now = settings.get(key)
-            if now is not None and type(value) is not type(now) and not {type(value), type(now)} <= {int, float}:
-                raise ValueError(f'{key} is {value!r}')
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        config.fail(f'{state_file} is damaged ({type(error).__name__}: {error}); start anew from the weights with '
-                    f'--init_from={state_file.parent} and another --out_dir')
-    kept = settings.keys() - given - {'out_dir', 'init_from', 'overwrite'}
-    remembered.setdefault('muon_lr', 0.0)  # of a run from before there was Muon
-    settings |= {key: value for key, value in remembered.items() if key in kept}
-globals().update(settings)
+out = Path(settings['out_dir'])
 
 
 def check(good, message):
     if not good:
         config.fail(message)
 
+
+# --- processes: this one, or all that torchrun started --------------------------------------------------------------
+
+rank, world, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
+check(distributed or not settings['fsdp'], '--fsdp=True spreads the model over processes: start it with '
+                                           'torchrun --nproc_per_node=N train.py ...')
+if distributed:
+    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+
+
+def summed(tensor):
+    """The sum of all processes' tensors, in place."""
+    if distributed:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all():
+    if distributed:
+        dist.barrier()
+
+
+# --- the run that may be in out_dir ---------------------------------------------------------------------------------
+
+def checksums(folder):
+    """SHA256SUMS for the files in a folder, as sha256sum writes it. The files are on the disk when this returns, and not
+    only on their way there. The processes share the work."""
+    lines = []
+    for file in sorted(file for file in folder.iterdir() if file.name != 'SHA256SUMS')[rank::world]:
+        digest = hashlib.sha256()
+        with open(file, 'rb') as content:
+            for chunk in iter(lambda: content.read(2 ** 20), b''):
+                digest.update(chunk)
+            os.fsync(content.fileno())
+        lines.append(f'{digest.hexdigest()}  {file.name}\n')
+    if distributed:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, lines)
+        lines = sum(everyone, [])
+    return ''.join(sorted(lines))
+
+
+def read_state(folder):
+    """state.json of a checkpoint. Raises ValueError if anything in the folder is not as it was written."""
+    try:
+        written, found = (folder / 'SHA256SUMS').read_text(), checksums(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{type(error).__name__}: {error}') from error
+    if written != found:
+        changed = {line.split()[-1] for line in set(written.splitlines()) ^ set(found.splitlines()) if line.split()}
+        raise ValueError(f'not as SHA256SUMS tells: {", ".join(sorted(changed))}'[:200])
+    return read_json(folder / 'state.json')
+
+
+def find_run():
+    return [folder for name in ('last', 'last.old', 'best') if (folder := out / name).exists()]
+
+
+lock = FileLock(out / '.lock')  # the system lets go of it when the process ends, however it does
+def lock_out_dir():
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        config.fail(f'another run is writing to {out}; give this one an --out_dir of its own')
+
+
+if rank == 0 and out.is_dir():
+    try:
+        lock_out_dir()
+    except OSError as error:
+        config.fail(f'cannot write to {out}: {error}')
+wait_for_all()
+checkpoints = [folder for folder in find_run() if folder.name != 'best']
+if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and checkpoints:  # torchrun --max-restarts: go on
+    settings['init_from'] = 'resume'
+check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')
+if settings['init_from'] == 'resume':  # with the run's own settings, but for what is asked for now
+    for source in checkpoints:
+        try:
+            state = read_state(source)
+            step, sequences, best_loss = int(state['step']), int(state['sequences']), float(state['best_loss'])
+            evaluated, losses, bad_steps = bool(state['evaluated']), torch.tensor(state['losses']), state['bad_steps']
+            counted = torch.tensor(state['load'], dtype=torch.int64), torch.tensor(state['entropy'])
+            remembered = dict(state['settings'])
+            for key, value in remembered.items():
+                now = settings.get(key)
+                if now is not None and type(value) is not type(now) and not {type(value), type(now)} <= {int, float}:
+                    raise ValueError(f'{key} is {value!r}')
+            break
+        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+            damage = f'{source} is damaged ({type(error).__name__}: {error})'
+            check(source != checkpoints[-1], f'{damage}; start anew from the weights, if they are whole, with '
+                                             f'--init_from={source} and another --out_dir')
+            if rank == 0:
+                print(f'{damage}; going on from {checkpoints[-1]}', file=sys.stderr)
+    kept = settings.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}
+    settings |= {key: value for key, value in remembered.items() if key in kept}
+globals().update(settings)
 
 for key in 'batch_size block_size gradient_accumulation_steps max_iters eval_interval log_interval'.split():
     check(settings[key] >= 1, f'{key} is {settings[key]}; it must be at least 1')
@@ -126,11 +212,18 @@ check(experts in ('', 'mxfp4'), f'experts is {experts!r}; it is mxfp4, or empty'
 check(not experts or init_from != 'scratch', 'experts=mxfp4 keeps those of a checkpoint: give --init_from=FOLDER')
 device, dtype = pick_device(device, dtype)
 device_type = torch.device(device).type
-out = Path(out_dir)
-if init_from != 'resume':
-    there = next((p for p in (out / 'last', out / 'last.old', out / 'best') if p.exists()), None)
-    check(overwrite or not there, f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=NAME starts '
-                                  f'another elsewhere, --overwrite replaces it')
+if distributed and device_type == 'cuda':
+    device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    torch.cuda.set_device(device)
+holds_run = (f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=NAME starts another elsewhere, '
+             '--overwrite replaces it')
+check(init_from == 'resume' or overwrite or not find_run(), holds_run)
+# A step has gradient_accumulation_steps batches. Groups of processes take them in turn, and the `sharing` processes of
+# a group divide each of theirs among them.
+sharing = world // math.gcd(world, gradient_accumulation_steps)
+check(batch_size % sharing == 0, f'{sharing} processes would share a batch of {batch_size} sequences; take a multiple as '
+                                 f'--batch_size, or --gradient_accumulation_steps that {world} divides')
+check(not (fsdp and experts), 'experts at four bits a value cannot be spread over processes: leave out --fsdp')
 
 
 # --- data and model -------------------------------------------------------------------------------------------------
@@ -139,12 +232,14 @@ data = Path(data_dir)
 if not (data / 'meta.json').exists():
     check(data_dir == 'data/builtin', f'{data / "meta.json"} is missing; make the data first: '
                                       f'python prepare.py --data_dir={data_dir} --dataset=... (--help tells more)')
-    print('making the built-in corpus, once:')
-    made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', f'--data_dir={data_dir}',
-                           '--dataset=builtin', '--tokenizer=bpe'])
-    check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
+    if rank == 0:
+        print('making the built-in corpus, once:')
+        made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', f'--data_dir={data_dir}',
+                               '--dataset=builtin', '--tokenizer=bpe'])
+        check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
+    wait_for_all()
 try:
-    meta = json.loads((data / 'meta.json').read_text())
+    meta = read_json(data / 'meta.json')
     sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
     token_dtype, vocabulary = np.dtype(meta['dtype']), meta['vocab_size']
     end_of_text, chats = meta.get('eot_token', -1), 'val_targets' in meta  # chats: with masks of what to train on
@@ -160,18 +255,21 @@ except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
 torch.manual_seed(seed)
 settings['vocab_size'] = vocab_size or vocabulary
 shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
+in_shards = fsdp and init_from == 'resume' and any(source.glob('shard-*'))  # of which each process reads its own
+place = 'meta' if fsdp and (rank or in_shards) else None  # of the weights of a model that is spread; the first has all
 try:
     if init_from == 'scratch':
-        model, trained_on = GPT(GPTConfig(**shape)), block_size
+        with torch.device(place or 'cpu'):
+            model, trained_on = GPT(GPTConfig(**shape)), block_size
     else:
-        source = state_file.parent if init_from == 'resume' else init_from
+        source = source if init_from == 'resume' else init_from
         asked = given & shape.keys() | {'router_aux_loss_coef', *(['attention_dropout'] if 'dropout' in given else [])}
         folder = find_checkpoint(source)
         frozen = lora_rank or (folder / 'adapter.json').exists()
         changes = {key: shape[key] for key in asked} | ({} if not frozen or 'router_aux_loss_coef' in given else
                                                         dict(router_aux_loss_coef=0.0))  # routers do not move then
-        model = GPT.from_pretrained(source, getattr(torch, dtype) if frozen else torch.float32, device, experts or None,
-                                    **changes)
+        model = GPT.from_pretrained(source, getattr(torch, dtype) if frozen else torch.float32,
+                                    place or ('cpu' if fsdp else device), experts or None, **changes)
         if lora_rank and not model.lora:
             model.add_lora(lora_rank, lora_alpha)
         check(not experts or model.lora, 'experts at four bits a value do not train: --experts=mxfp4 wants --lora_rank')
@@ -181,12 +279,12 @@ try:
               f'{out_dir} holds what the adapters adapt, {(model.source or {}).get("base")}; give another --out_dir')
         trained_on = None  # of a checkpoint that is not ours, and sees farther than any block_size of ours
         if (folder / 'meta.json').exists():
-            theirs, ours = (json.loads((place / 'meta.json').read_text()) for place in (folder, data))
+            theirs, ours = (read_json(where / 'meta.json') for where in (folder, data))
             trained_on = theirs.get('block_size') and max(theirs['block_size'], block_size)
             for key, default in (('tokenizer', None), ('special_tokens', ['<|endoftext|>'])):
                 same = theirs.get(key, default) == ours.get(key, default)
                 if same and (folder / 'tokenizer.tiktoken').exists():
-                    same = len({(place / 'tokenizer.tiktoken').read_text() for place in (folder, data)}) == 1
+                    same = len({(where / 'tokenizer.tiktoken').read_text() for where in (folder, data)}) == 1
                 check(same, f'{source} was trained with another tokenizer than that of {data_dir}; prepare the data '
                             f'with --tokenizer={folder}')
 except (ValueError, OSError, KeyError, AttributeError) as error:
@@ -198,51 +296,100 @@ except (MemoryError, RuntimeError) as error:
 vocab_size = model.config.vocab_size
 check(block_size <= model.config.max_position_embeddings,
       f'block_size ({block_size}) exceeds max_position_embeddings ({model.config.max_position_embeddings})')
-model.to(device)
+if fsdp:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    whole = {} if place else model.state_dict()
+    model.to('meta')
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for layer in model.model.layers:
+        # Experts take their input's dtype, so they may travel in it; the rest must not: router and norms are in fp32.
+        if dtype != 'float32' and not model.lora:
+            fully_shard(layer.mlp.experts, mp_policy=MixedPrecisionPolicy(
+                getattr(torch, dtype), torch.float32, cast_forward_inputs=False))
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device=device)
+    for layer in model.model.layers:
+        layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
+    register_fsdp_forward_method(model, 'next_logits')
+    if not in_shards:
+        set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    del whole
+else:
+    model.to(device)
+if sharing > 1:
+    group, _ = dist.new_subgroups(sharing)
+    for layer in model.model.layers:
+        layer.mlp.group = group
 optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
 names = {p: name for name, p in model.named_parameters()}
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
+
+
+def moments():
+    """{name: tensor} of what the optimizers remember."""
+    return {f'{names[p]}/{key}': value for optimizer in optimizers for p, state in optimizer.state.items()
+            for key, value in state.items()}
+
+
 if init_from != 'resume':
-    step, sequences, best_loss = 0, 0, math.inf  # steps done, sequences seen
+    step, sequences, best_loss, evaluated, losses, bad_steps = 0, 0, math.inf, False, [], [0, 0]
 else:
-    check(step < max_iters, f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
-    if state.get('scaler') and scaler.is_enabled():
-        scaler.load_state_dict(state['scaler'])
+    check(step < max_iters or not evaluated,
+          f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group['params']):
+            optimizer.state[p] = {key: torch.zeros_like(p) for key in (
+                ['momentum'] if isinstance(optimizer, Muon) else ['exp_avg', 'exp_avg_sq'])}
+            if not isinstance(optimizer, Muon):
+                optimizer.state[p]['step'] = torch.zeros((), device=device)
+    saved = moments() | ({name: p for name, p in model.named_parameters() if p.requires_grad} if in_shards else {})
     try:
-        saved = load_file(source / 'optimizer.safetensors', device=device)
-        for optimizer in optimizers:
-            keys = ['momentum'] if isinstance(optimizer, Muon) else ['step', 'exp_avg', 'exp_avg_sq']
-            for p in (p for group in optimizer.param_groups for p in group['params']):
-                optimizer.state[p] = {key: saved[f'{names[p]}/{key}'].clone() for key in keys}
-    except (OSError, SafetensorError, KeyError) as error:
-        config.fail(f'{source}/optimizer.safetensors is damaged, missing or of other optimizers '
-                    f'({type(error).__name__}: {error}); start anew from the weights with --init_from={source} and '
-                    f'another --out_dir')
+        if state['scaler'] and scaler.is_enabled():
+            scaler.load_state_dict(state['scaler'])
+        load(saved, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not distributed)
+        if rank == 0:  # who alone has what all have counted
+            for layer, chosen, entropy in zip(model.model.layers, *counted):
+                layer.mlp.load.copy_(chosen), layer.mlp.entropy.copy_(entropy)
+        losses = list(losses.to(device))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError,
+            CheckpointException) as error:
+        config.fail(f'{source} does not hold what these optimizers remember ({type(error).__name__}: {error}); start '
+                    f'anew from the weights with --init_from={source} and another --out_dir')
+skipped, skipped_in_a_row = torch.tensor(bad_steps, device=device).float()  # on the device, so that no step waits
 
 
 masks = {}  # of chats
 
 
-def open_bin(split):
+def check_size(split):
     path = data / f'{split}.bin'
     found, expected = path.stat().st_size if path.exists() else 'no file', sizes[split] * token_dtype.itemsize
     check(found == expected, f'{path}: found {found} bytes, expected {expected} (meta.json: {sizes[split]} tokens of '
                              f'{token_dtype}); prepare again')
+    return path
+
+
+def open_bin(split):
+    path = check_size(split)
     check(sizes[split] > block_size or chats,
           f'{path} has {sizes[split]} tokens, but one block takes block_size + 1 = {block_size + 1}; take a smaller '
           '--block_size or more text')
     tokens = np.memmap(path, token_dtype, 'r')
     if chats:
         file = data / f'{split}_mask.bin'
-        mask = np.fromfile(file, np.uint8) if file.is_file() else np.zeros(0)
-        targets = meta[f'{split}_targets']
-        check(len(mask) == len(tokens) and mask.sum() == targets,
-              f'{file}: found {len(mask)} bytes, {mask.sum():.0f} of them 1, expected {len(tokens)} and {targets}; '
-              'prepare again')
+        size, targets = file.stat().st_size if file.is_file() else 0, meta[f'{split}_targets']
+        mask = np.fromfile(file, np.uint8) if size == len(tokens) else np.zeros(1)
+        check(mask.sum() == targets and mask.max() == 1, f'{file}: found {size} bytes, {mask.sum():.0f} of them 1, '
+                                                         f'expected {len(tokens)} and {targets}; prepare again')
         masks[split] = np.pad(mask, (0, block_size))  # so that the last chat has a whole row
         tokens = np.pad(tokens, (0, block_size), constant_values=end_of_text)
-    largest = max(int(tokens[i:i + 2 ** 24].max()) for i in range(0, len(tokens), 2 ** 24))
+    pieces = range(rank * 2 ** 24, len(tokens), world * 2 ** 24)  # between them the processes look at all
+    largest = max((int(tokens[i:i + 2 ** 24].max()) for i in pieces), default=0)
     check(largest < vocab_size, f'{path} holds the token id {largest}, but the model has vocab_size {vocab_size}')
     return tokens
 
@@ -276,6 +423,7 @@ def block_starts(epoch):
 
 def to_device(split, starts):
     """The blocks of a split's tokens at these starts -> inputs and targets, int64 (B, T); target -1 does not count."""
+    check_size(split)  # for what was mapped and is no longer there would end the process without a word
     block = torch.from_numpy(np.stack([tokens[split][i:i + block_size + 1] for i in starts]).astype(np.int64))
     if chats:
         trained = torch.from_numpy(np.stack([masks[split][i + 1:i + block_size + 1] for i in starts]))
@@ -292,43 +440,62 @@ def to_device(split, starts):
     return x, y
 
 
-def train_batch():
-    """The next batch of an order that follows from the seed alone, so a resumed run goes on where it stopped."""
-    global sequences
-    sequences += batch_size
-    numbers = range(sequences - batch_size, sequences)
-    return to_device('train', [block_starts(i // blocks)[i % blocks] for i in numbers])
+def train_batches():
+    """This process's part of the next step's batches. Their order follows from the seed and from how many sequences
+    were seen, so a resumed run goes on where it stopped, with any number of processes."""
+    for number in range(rank // sharing, gradient_accumulation_steps, world // sharing):
+        first = sequences + number * batch_size + rank % sharing * (batch_size // sharing)
+        numbers = range(first, first + batch_size // sharing)
+        yield to_device('train', [block_starts(i // blocks)[i % blocks] for i in numbers])
 
 
 # --- what happens at intervals --------------------------------------------------------------------------------------
 
+def asked_to_stop():
+    """Whether any process was, in which all agree."""
+    asked = torch.tensor(float(stopped_by is not None))
+    return bool(summed(asked))
+
+
 @torch.no_grad()
 def evaluate():
-    """Mean loss in nats a token of eval_iters batches spread over the validation rows, or of all of them."""
+    """Mean loss in nats a token of eval_iters batches spread over the validation rows, or of all of them, shared by the
+    processes; None if asked to stop meanwhile."""
     model.eval()
-    starts, total, count = rows['val'], torch.zeros((), device=device), 0
-    if eval_iters:
+    starts, kind = rows['val'], torch.float32 if device_type == 'mps' else torch.float64
+    total = torch.zeros(2, dtype=kind, device=device)  # the sum of the losses, and how many
+    if 0 < eval_iters * batch_size < len(starts):
         starts = starts[np.linspace(0, len(starts), eval_iters * batch_size, endpoint=False).astype(int)]
     together = max(batch_size, 2 ** 13 // block_size)  # more than train together, for there are no gradients to keep
-    for batch in np.split(starts, range(together, len(starts), together)):
-        x, y = to_device('val', batch)
+    mine = np.arange(rank, -(-len(starts) // world) * world, world)  # as many for each; what is too much is repeated
+    for batch in np.split(mine, range(together, len(mine), together)):
+        x, y = to_device('val', starts[batch % len(starts)])
+        y = y.masked_fill(torch.from_numpy(batch >= len(starts)).to(device)[:, None], -1)
         with autocast:
             loss = run(x, y, return_logits=False)[1]
-        total, count = total + loss * (y >= 0).sum(), count + (y >= 0).sum()
+        total += torch.stack((loss * (y >= 0).sum(), (y >= 0).sum()))
+        if asked_to_stop():
+            return None
     model.train()
+    loss, count = summed(total).tolist()
     check(count > 0, f'the validation rows hold nothing to learn: the chats are longer than block_size ({block_size})')
-    return (total / count).item()
+    return loss / count
+
+
+def counted_experts():
+    """Of training since the last report: how many (token, choice) pairs each layer's experts got (layers, experts), and
+    the summed entropies of its router (layers,)."""
+    return [summed(torch.stack([getattr(layer.mlp, key) for layer in model.model.layers]))
+            for key in ('load', 'entropy')]
 
 
 def expert_report():
     """Of training since the last call, layer by layer: the busiest and the idlest expert's share of the load, how many
     experts got no token at all, and the entropy of the router's softmax as a part of what an even one has."""
-    layers, experts, chosen = model.model.layers, model.config.num_local_experts, model.config.num_experts_per_tok
-    load, entropy = (torch.stack([getattr(layer.mlp, key) for layer in layers]).cpu().double()
-                     for key in ('load', 'entropy'))
-    for layer in layers:
+    load, entropy = (counted.cpu().double() for counted in counted_experts())
+    for layer in model.model.layers:
         layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
-    total = load.sum(1).clamp(min=1)
+    total, (experts, chosen) = load.sum(1).clamp(min=1), (model.config.num_local_experts, model.config.num_experts_per_tok)
     share, entropy = load / total[:, None], entropy / (total / chosen) / math.log(max(experts, 2))
     return dict(expert_load_max=share.amax(1).tolist(), expert_load_min=share.amin(1).tolist(),
                 dead_experts=(load == 0).sum(1).tolist(), router_entropy=entropy.tolist())
@@ -349,32 +516,57 @@ def tokenizer_files():
 
 
 def write_checkpoint(name):
-    """Write out_dir/name, whole or not at all: a folder that from_pretrained, sample.py and transformers load."""
+    """Write out_dir/name, whole or not at all, for from_pretrained and sample.py; but for FSDP's, for transformers too.
+    What was there becomes name.old: of `last` two are kept."""
     new, old, folder = (out / f'{name}{suffix}' for suffix in ('.new', '.old', ''))
-    shutil.rmtree(new, ignore_errors=True)
-    if model.lora:
-        model.save_adapter(new)
-    else:
-        model.save_pretrained(new, portable=False)
-    for file, content in tokenizer_files().items():
-        (new / file).write_bytes(content)
-    (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=trained_on), indent=2))
-    if (data / 'tokenizer.tiktoken').exists():
-        shutil.copy(data / 'tokenizer.tiktoken', new)
-    if name == 'last':
-        moments = {f'{names[p]}/{key}': value for optimizer in optimizers for p, state in optimizer.state.items()
-                   for key, value in state.items()}
-        save_file(moments, new / 'optimizer.safetensors')
-        (new / 'state.json').write_text(json.dumps(dict(step=step, sequences=sequences, best_loss=best_loss,
-                                                        scaler=scaler.state_dict(), settings=settings), indent=2))
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    load, entropy = counted_experts()
+    if rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+    wait_for_all()
+    if fsdp:  # every process writes its own shards
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+        tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        tensors |= moments() if name == 'last' else {}
+        files = {key: 1 + i // 200 for i, key in enumerate(tensors)}  # several each, for one at a time is in memory twice
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(new), files, save_distributed=True))
+    elif rank == 0 and name == 'last':
+        save_file(moments(), new / 'optimizer.safetensors')
+    if rank == 0:
+        if fsdp:
+            model.save_config(new)
+        elif model.lora:
+            model.save_adapter(new)
+        else:
+            model.save_pretrained(new, portable=False)
+        for file, content in tokenizer_files().items():
+            (new / file).write_bytes(content)
+        (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=trained_on), indent=2))
+        if (data / 'tokenizer.tiktoken').exists():
+            shutil.copy(data / 'tokenizer.tiktoken', new)
+        if name == 'last':
+            (new / 'state.json').write_text(json.dumps(dict(
+                step=step, sequences=sequences, best_loss=best_loss, evaluated=evaluated, scaler=scaler.state_dict(),
+                losses=[loss.item() for loss in losses], bad_steps=[skipped.item(), skipped_in_a_row.item()],
+                load=load.tolist(), entropy=entropy.tolist(), settings=settings), indent=2))
+    wait_for_all()
+    sums = checksums(new)
+    if rank == 0:
+        (new / 'SHA256SUMS').write_text(sums)
+        config.sync(new / 'SHA256SUMS', new, out / 'metrics.jsonl')
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        config.sync(out)
+        if name != 'last':
+            shutil.rmtree(old, ignore_errors=True)
+    wait_for_all()
 
 
 def log(**row):
+    if rank:
+        return
     with open(out / 'metrics.jsonl', 'a') as file:
         bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         row |= dict.fromkeys(bad)  # to None, for JSON has no NaN
@@ -426,49 +618,75 @@ def schedule(step):
 
 # --- the loop -------------------------------------------------------------------------------------------------------
 
-if wandb_log:
+if wandb_log and rank == 0:
     try:
         import wandb
     except ImportError:
         config.fail('wandb_log needs wandb: pip install wandb')
     wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings)
-try:
-    out.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if init_from != 'resume':
-        for leftover in ('last', 'last.old', 'best', 'best.old'):
-            shutil.rmtree(out / leftover, ignore_errors=True)
-    elif (out / 'metrics.jsonl').exists():  # what was logged after the checkpoint will be logged again
-        for line in (out / 'metrics.jsonl').read_text(errors='replace').splitlines(keepends=True):
-            try:
-                kept += [line] if json.loads(line)['step'] <= step else []
-            except (ValueError, KeyError, TypeError):
-                pass  # a line that a crash cut short
-    (out / 'metrics.jsonl').write_text(''.join(kept))
-except OSError as error:
-    config.fail(f'cannot write to {out_dir}: {error}')
+if rank == 0:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_out_dir()
+        check(init_from == 'resume' or overwrite or not find_run(), holds_run)  # as yet
+        kept = []
+        if init_from != 'resume':
+            for leftover in ('last', 'last.old', 'last.damaged', 'best', 'best.old'):
+                shutil.rmtree(out / leftover, ignore_errors=True)
+        elif (out / 'metrics.jsonl').exists():  # what was logged after the checkpoint will be logged again
+            for line in (out / 'metrics.jsonl').read_text(errors='replace').splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                    kept += [line] if (row['step'], 'val_loss' in row) < (step, not evaluated) else []
+                except (ValueError, KeyError, TypeError):
+                    pass  # a line that a crash cut short
+        if init_from == 'resume' and source != checkpoints[0]:
+            shutil.rmtree(out / 'last.damaged', ignore_errors=True)
+            checkpoints[0].rename(out / 'last.damaged')
+        (out / 'metrics.new').write_text(''.join(kept))
+        config.sync(out / 'metrics.new')
+        (out / 'metrics.new').replace(out / 'metrics.jsonl')
+    except OSError as error:
+        config.fail(f'cannot write to {out_dir}: {error}')
+wait_for_all()
 
 stopped_by = None
 def stop(number, frame):
     global stopped_by
-    if stopped_by:  # asked twice
+    if stopped_by and number == signal.SIGINT and not distributed:  # Ctrl-C again; torchrun passes the first one on
         raise KeyboardInterrupt
     stopped_by = signal.Signals(number).name
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 
 use_compile = device_type == 'cuda' if compile is None else compile
-run = torch.compile(model) if use_compile else model
+if fsdp and use_compile:
+    for layer in model.model.layers:
+        layer.compile()
+run = torch.compile(model) if use_compile and not fsdp else model
+if distributed and not fsdp:
+    run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False, gradient_as_bucket_view=True)
 flops, peak = model.flops_per_token(block_size), peak_flops(device, dtype)
-print(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
-      f'{sizes["train"]:,} training tokens; {device}, {dtype}{", compiled" if use_compile else ""}')
-progress = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True)
-first, losses, busy, best = step, [], 0.0, best_loss  # busy: seconds spent training since the last row
-skipped, skipped_in_a_row = torch.zeros(2, device=device)  # kept on the device, so that no step waits for it
+if rank == 0:
+    print(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
+          f'{sizes["train"]:,} training tokens; {f"{world} x " if distributed else ""}{device}, {dtype}'
+          f'{", compiled" if use_compile else ""}')
+progress = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True, disable=rank > 0)
+first, busy = step, 0.0  # busy: seconds spent training since the last row
+micro_steps = gradient_accumulation_steps * sharing // world
 try:
     while True:
-        if step % eval_interval == 0 and (step > first or step == 0) or step == max_iters:
-            val_loss, report = evaluate(), expert_report() if step else {}
+        due, stopping = step % eval_interval == 0 or step == max_iters, asked_to_stop()
+        if step > first and (stopping or due and step < max_iters):
+            write_checkpoint('last')
+        if stopping:
+            break
+        if due and not evaluated:
+            if (val_loss := evaluate()) is None:  # asked to stop; what is in `last` will be evaluated when it is resumed
+                if step == max_iters:
+                    write_checkpoint('last')
+                break
+            report = expert_report() if step else {}
             row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
             log(**row, **report)
             goal = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
@@ -477,30 +695,40 @@ try:
                 health += f', the busiest expert gets {busiest:.1f} times an equal share'
             if step and any(report['dead_experts']):
                 health += f', {sum(report["dead_experts"])} experts get no token'
-            progress.write(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
+            if rank == 0:
+                progress.write(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
             if step and val_loss < best_loss:
                 best_loss = val_loss
                 write_checkpoint('best')
-        if step > first and (step % eval_interval == 0 or step == max_iters or stopped_by):
+        if step == max_iters:
+            evaluated = True
             write_checkpoint('last')
-            if step == max_iters or stopped_by:
-                break
+            break
+        evaluated = False
 
         began = time.perf_counter()
         for optimizer, highest in zip(optimizers, (learning_rate, muon_lr)):
             for group in optimizer.param_groups:
                 group['lr'] = highest * schedule(step)
-        torch.manual_seed(seed + step)  # what dropout draws follows from the step, so a resumed run draws the same
-        loss = torch.zeros((), device=device)
-        for _ in range(gradient_accumulation_steps):
-            x, y = train_batch()
+        torch.manual_seed(seed + step + (rank << 40))  # what dropout draws follows from the step, resumed or not
+        loss, count, batches = torch.zeros((), device=device), None, train_batches()
+        if chats:  # a token counts the same whichever batch it is in, though they differ in how many are trained on
+            batches = list(batches)
+            count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / (micro_steps * world)
+        for micro_step, (x, y) in enumerate(batches, 1):
+            if fsdp:  # only the last batch's backward adds up what the processes have
+                model.set_requires_gradient_sync(micro_step == micro_steps)
+            elif distributed:
+                run.require_backward_grad_sync = micro_step == micro_steps
             with autocast:
-                batch_loss = run(x, y, return_logits=False)[1] / gradient_accumulation_steps
+                batch_loss = run(x, y, return_logits=False, count=count)[1] / micro_steps
             scaler.scale(batch_loss).backward()
             loss += batch_loss.detach()
+        loss = summed(loss) / world
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        norm = norm.full_tensor() if fsdp else norm
         # A step whose loss or gradient is not finite must not touch the weights, and with float16's scaling no
         # optimizer may move where another does not, as by scaler.step. On CUDA fused AdamW and Muon skip it on the
         # device, by the attribute through which GradScaler tells them, so that no step waits.
@@ -514,18 +742,19 @@ try:
                 optimizer.step()
         scaler.update()
         model.zero_grad(set_to_none=True)
+        sequences += batch_size * gradient_accumulation_steps
         step += 1
         losses.append(loss)
 
         if step % log_interval == 0 or step == max_iters:
             train_loss = torch.stack(losses).mean().item()  # waits for the device, so this is the whole time
             busy += time.perf_counter() - began
-            speed = len(losses) * gradient_accumulation_steps * batch_size * block_size / busy
+            speed = min(len(losses), step - first) * gradient_accumulation_steps * batch_size * block_size / busy
             shown = dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{speed:,.0f}')
             row = dict(train_loss=train_loss, lr=learning_rate * schedule(step - 1), grad_norm=norm.item(),
                        tokens_per_second=speed)
             if peak:
-                row['mfu'] = flops * speed / peak
+                row['mfu'] = flops * speed / peak / world
                 shown['mfu'] = f'{row["mfu"]:.0%}'
             if skipped:
                 row['skipped'] = shown['skipped'] = int(skipped)
@@ -547,17 +776,22 @@ except (torch.OutOfMemoryError, RuntimeError) as error:
     config.fail(f'{device} has too little memory; try a smaller --batch_size with more --gradient_accumulation_steps')
 finally:
     progress.close()
+    lock.release(force=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-if stopped_by:
-    print(f'{stopped_by}: stopped after step {step}; to go on:\n'
-          f'python {sys.argv[0]} --out_dir={out_dir} --init_from=resume')
+if stopping or not evaluated:
+    if rank == 0:
+        how = f'torchrun --nproc_per_node={world}' if distributed else 'python'
+        print(f'{stopped_by or "another process"}: stopped after step {step}; ' + (
+            f'to go on:\n{how} {sys.argv[0]} --out_dir={out_dir} --init_from=resume{" --fsdp=True" if fsdp else ""}'
+            if step else 'there is nothing yet to go on from'))
     raise SystemExit(0)
-plot()
-print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, {out / "metrics.jsonl"} '
-      f'the numbers')
-if sample_tokens:
+if rank == 0:
+    plot()
+    print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, '
+          f'{out / "metrics.jsonl"} the numbers')
+if sample_tokens and (rank == 0 or fsdp):
     from prepare import Chat, encode_prompt, load_tokenizer, stop_tokens
     try:
         encoder = load_tokenizer(data)
@@ -565,8 +799,12 @@ if sample_tokens:
             prompt = Chat([dict(role='user', content=start)]).prompt(encoder)
         else:
             prompt = encode_prompt(encoder, start) or [encoder.eot_token]
+        torch.manual_seed(seed)
         text = model.generate(torch.tensor([prompt], device=device), sample_tokens, temperature=0.8,
                               vocab_size=encoder.n_vocab, context=block_size, stop=stop_tokens(encoder))
-        print(f'\n{encoder.decode(text[0].tolist()).removesuffix("<|endoftext|>")}')
+        if rank == 0:
+            print(f'\n{encoder.decode(text[0].tolist()).removesuffix("<|endoftext|>")}')
     except (ValueError, RuntimeError, SystemExit) as error:  # the training is done all the same
         print(f'no sample: {error}')
+if distributed:
+    dist.destroy_process_group()

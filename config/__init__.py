@@ -12,6 +12,7 @@ prepare, train, sample and bench.
 import ast
 import difflib
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -37,8 +38,19 @@ def fail(message):
     for bar in list(tqdm._instances):  # a progress bar would share its line with the message
         bar.close()
     line = ' '.join(str(message).split())
-    print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
+    process = f' (process {os.environ["RANK"]})' if 'RANK' in os.environ else ''  # of those that torchrun started
+    print(f'{Path(sys.argv[0]).name}{process}: {line}', file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def sync(*paths):
+    """Return when what these files hold, or which files these folders hold, is on the disk to stay."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def declared(path, class_name=None):
