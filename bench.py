@@ -6,6 +6,7 @@ Measure a config on this machine: training tokens/s and MFU, prefill and decodin
     python bench.py --compare                # and transformers' GptOss and GPT-2 on the same work, where installed
     python bench.py config/shakespeare_char_cpu.py --learn   # what it learns, beside a dense GPT-2, with parts changed
     python bench.py config/gpt_oss_20b.py --checkpoint=big   # load one of that size in MXFP4, and generate
+    python bench.py config/gpt_oss_20b.py --scale    # on paper: memory a GPU and tokens/s of training on 1 to 512 GPUs
 
 Each figure is the median of several rounds, each round a process of its own, so that peak memory is its own too;
 with --compare the implementations take turns, so that a machine that slows down slows all of them. The numbers also
@@ -26,11 +27,12 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from model import MXFP4, GPT, GPTConfig, LinearCrossEntropy, read_config
+from model import FULL, MXFP4, GPT, GPTConfig, LinearCrossEntropy, read_config, read_json
 
 # -----------------------------------------------------------------------------
 rounds = 3  # processes whose median is taken
@@ -45,6 +47,12 @@ learn = False  # train the model on data_dir, a dense GPT-2 of equal active para
 seeds = '1,2,3'  # with learn: each row is trained once with each
 plot_file = 'learn.png'  # with learn: the training losses drawn, where matplotlib is installed; empty: not
 checkpoint = ''  # a folder: write random weights of this shape there, experts in MXFP4, then load them and generate
+scale = False  # compute, not measure, what training takes on many GPUs, each with batch_size sequences at a time
+gpu = 'H100'  # with scale: which, of those whose peak is known
+gpu_memory = 80.0  # with scale: its memory, GB
+assumed_mfu = 0.4  # with scale: the share of the peak that computing alone would reach
+nvlink = 300.0  # with scale: GB/s from each GPU to others of its node, of eight
+network = 40.0  # with scale: GB/s from each GPU to other nodes
 works = 'all'  # with compare or learn: which rows, divided by commas
 json_file = 'bench.json'  # where the numbers go; empty: nowhere
 # and every setting of train.py and GPTConfig: the model's shape, batch_size, block_size, device, dtype, compile ...
@@ -114,6 +122,69 @@ def peak_flops(device, dtype):
         a @ a
         seconds = time.perf_counter() - began
     return 2 * size ** 3 / seconds
+
+
+# --- on paper -----------------------------------------------------------------------------------------------------
+
+def count_parameters(config):
+    """Of a GPTConfig: (all parameters, those of one layer's experts, those of its other matrices), with nothing built.
+
+    Raises ValueError where that is more than can be counted.
+    """
+    try:
+        with torch.device('meta'):
+            one = GPT(replace(config, num_hidden_layers=1, layer_types=[FULL]))
+    except RuntimeError as error:
+        raise ValueError(f'a model of these sizes is too large for any machine ({error})') from error
+    layer, = one.model.layers
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    matrices = sum(p.numel() for p in layer.self_attn.parameters() if p.dim() == 2) + layer.mlp.router.weight.numel()
+    return size(one) + (config.num_hidden_layers - 1) * size(layer), size(layer.mlp.experts), matrices
+
+
+def training_memory(config, batch_size, block_size, bytes_per_value, muon, one_kernel, gpus=1, fsdp=False):
+    """Bytes that training takes on each of so many devices: {parameters, gradients, optimizer, activations, communication}.
+
+    Activations are what model.py's autograd keeps, uncompiled, at 2 or 4 bytes a value; one_kernel: experts by
+    grouped_mm, not by the loop. Weights, gradients and moments are in fp32; DDP has all of them on every device.
+    """
+    c, tokens, value, parts = config, batch_size * block_size, bytes_per_value, gpus if fsdp else 1
+    total, experts, matrices = count_parameters(c)
+    L, D, I, V, k = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.vocab_size, c.num_experts_per_tok
+    heads, cast = c.num_attention_heads * (c.head_dim + 16), (value < 4) * value
+    moved = L * (experts * D / (D + 1) + matrices) if muon else 0  # by Muon, roughly: not the experts' biases
+    per_choice = 2 * D + 6 * I if one_kernel else 2 * I
+    per_layer = tokens * (value * (4 * D + 5 * heads + k * per_choice) + 4 * (D + c.num_local_experts * (3 + k)))
+    head = tokens * D * value + V * D * 4 + min(tokens * V, 2 ** 25) * (8 + value)  # dx, dw, a chunk of the logits
+    casts = (L * matrices + V * D + (0 if fsdp else L * experts * one_kernel)) * cast  # kept for backward, all layers'
+    gathered = 2 * (experts * (value if fsdp else 4) + matrices * 4) + 2 * V * D * 4  # two layers whole, and the root
+    return dict(parameters=4 * total / parts, gradients=4 * total / parts, optimizer=(8 * total - 4 * moved) / parts,
+                activations=L * per_layer + head + casts, communication=gathered if fsdp and gpus > 1 else 0)
+
+
+def scale_rows(config, peak):
+    """A row for each number of GPUs, under DDP and FSDP2: memory a GPU in GB, and tokens/s of all of them."""
+    rows, (total, experts, _) = [], count_parameters(config)
+    tokens = batch_size * block_size
+    with torch.device('meta'):
+        flops = GPT(config).flops_per_token(block_size)
+    for gpus in (1, 8, 64, 512):
+        for way in ('DDP', 'FSDP2'):
+            if gpus == 1 and way == 'FSDP2':
+                continue
+            memory = training_memory(config, batch_size, block_size, 2, bool(muon_lr), True, gpus, way == 'FSDP2')
+            need = sum(memory.values()) / 1e9
+            compute = gradient_accumulation_steps * tokens * flops / (peak * assumed_mfu)
+            # Experts travel in bf16, the rest and all gradients in fp32. DDP sends and receives each gradient twice, once
+            # a step; FSDP2 each weight for the forward and the backward of every batch, and each gradient once.
+            weights = 4 * total - 2 * config.num_hidden_layers * experts
+            sent = 8 * total if way == 'DDP' else 2 * gradient_accumulation_steps * weights + 4 * total
+            seconds = sent * (1 - 1 / gpus) / (1e9 * (nvlink if gpus <= 8 else network))
+            rows.append(dict(GPUs=gpus, way=way if gpus > 1 else 'alone') | {key: n / 1e9 for key, n in memory.items()})
+            rows[-1]['total'] = need
+            if need <= gpu_memory:  # and of computing and sending, one is hidden behind the other
+                rows[-1]['tokens_per_second'] = gpus * gradient_accumulation_steps * tokens / max(compute, seconds)
+    return rows
 
 
 # --- one measurement, in a process of its own ---------------------------------------------------------------------
@@ -462,6 +533,7 @@ def print_table(rows):
     show = {'tokens_per_second': '{:,.1f}', 'memory': '{:.2f}', 'mfu': '{:.0%}', 'matmul_share': '{:.0%}',
             'ours_is': '{:.2f} x', 'bytes_per_second': '{:,.0f}', 'val_loss': '{:.3f}', 'train_loss': '{:.3f}',
             'spread': '{:.3f}', 'disk': '{:.1f}', 'active': '{:,.0f}', 'generate_ms': '{:.1f}', 'train_us': '{:.0f}',
+            **dict.fromkeys('parameters gradients optimizer activations communication total'.split(), '{:,.1f}'),
             'busiest': '{:.2f}', 'load_s': '{:.1f}', 'prefill_s': '{:.1f}', 'load_memory': '{:.2f}'}
     head = {'tokens_per_second': 'tokens/s', 'memory': 'peak GB', 'ours_is': 'ours is', 'matmul_share': 'matmuls',
             'mfu': 'MFU', 'bytes_per_second': 'bytes/s', 'train_us': 'µs a token, training',
@@ -483,7 +555,7 @@ def learning_rows(common):
     common |= dict(part='learn', batch_size=batch_size, data_dir=data_dir, sinks=True)
     jobs, rows, curves = {}, [], {}
     try:
-        meta = json.loads(meta_file.read_text())
+        meta = read_json(meta_file)
         shape['vocab_size'] = shape['vocab_size'] or meta['vocab_size']
         tokens, itemsize = [meta['train_tokens'], meta['val_tokens']], dict(uint16=2, uint32=4)[meta['dtype']]
         too_few = min(tokens) <= block_size + 1
@@ -495,7 +567,7 @@ def learning_rows(common):
         bins = [Path(data_dir, f'{split}.bin') for split in ('train', 'val')]
         damaged = [path for path, number in zip(bins, tokens)
                    if not path.exists() or path.stat().st_size != number * itemsize]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         config.fail(f'{meta_file} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
     except (ValueError, OSError) as error:
         config.fail(error)
@@ -555,6 +627,21 @@ def main():
                   prompt_tokens=prompt_tokens, new_tokens=new_tokens, block_size=block_size,
                   model='ours', experts='grouped_mm')
     rows = []
+    if scale:
+        shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
+        if not (peak := next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)):
+            config.fail(f'gpu is {gpu!r}; there are {", ".join(PEAK_FLOPS)}')
+        for key in 'assumed_mfu nvlink network gradient_accumulation_steps'.split():
+            if globals()[key] <= 0:
+                config.fail(f'{key} is {globals()[key]}; it must be above 0')
+        try:
+            rows = scale_rows(GPTConfig(**shape | dict(vocab_size=shape['vocab_size'] or 1024)), peak)
+        except ValueError as error:
+            config.fail(error)
+        print(f'on paper: {gpu}, {gpu_memory:g} GB, {assumed_mfu:.0%} of {peak / 1e12:.0f} TFLOP/s; {nvlink:g} GB/s '
+              f' within a node, {network:g} between; {gradient_accumulation_steps} x {batch_size} x {block_size} tokens '
+              'a GPU and step; memory in GB\n')
+        return print_table(rows)
     if learn:
         rows = learning_rows(common)
     elif compare:
@@ -586,10 +673,10 @@ def main():
                 print(rows[-1], file=sys.stderr, flush=True)
     else:
         shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
-        if not shape['vocab_size']:  # the data's, as in train.py, if the data is there
-            meta = Path(data_dir, 'meta.json')
-            shape['vocab_size'] = json.loads(meta.read_text())['vocab_size'] if meta.exists() else 1024
         try:
+            if not shape['vocab_size']:  # the data's, as in train.py, if the data is there
+                meta = Path(data_dir, 'meta.json')
+                shape['vocab_size'] = read_json(meta).get('vocab_size') if meta.exists() else 1024
             GPTConfig(**shape)
         except ValueError as error:
             config.fail(error)
@@ -628,7 +715,10 @@ def main():
     print_table(rows)
     if json_file:
         numbers = dict(machine=machine, torch=torch.__version__, dtype=kind, rows=rows)
-        Path(json_file).write_text(json.dumps(numbers, indent=2) + '\n')
+        try:
+            Path(json_file).write_text(json.dumps(numbers, indent=2) + '\n')
+        except OSError as error:
+            config.fail(f'cannot write {json_file}: {error}')
 
 
 if __name__ == '__main__':

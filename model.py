@@ -998,6 +998,10 @@ class GPT(nn.Module):
                              + (f'; and {len(wrong) - 10} more' if len(wrong) > 10 else ''))
         for p in model.parameters():
             p.data = p.data.to(dtype)
+        need = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        if torch.device(device).type == 'cpu' and need > (there := memory_here()):  # or the system ends the process
+            raise ValueError(f'{folder} takes {need / 1e9:,.0f} GB of memory in {dtype}, and here are {there / 1e9:,.0f}; '
+                             "experts='mxfp4' takes least")
         model.to_empty(device=device)
         for layer in model.model.layers:  # counters, which no checkpoint has
             layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
@@ -1280,6 +1284,14 @@ def published(name, place, dtype, experts):
         pairs = (quantize_mxfp4(matrix) for matrix in place.detach())
     blocks, scales = (torch.stack([turns(row) for row in rows]) for rows in zip(*pairs))
     return {f'{name}_blocks': blocks, f'{name}_scales': scales}
+
+
+def memory_here():
+    """Bytes of memory that this machine has, as far as the system tells."""
+    try:
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def find_checkpoint(path):

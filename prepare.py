@@ -323,16 +323,20 @@ def encoding(name, ranks=None, special=(END,)):
 
 def load_tokenizer(folder):
     """The encoding that meta.json in a data folder or a checkpoint names, from the rank table beside it if ours."""
+    from model import read_json  # here, for it takes torch along
+    table = Path(folder, 'tokenizer.tiktoken')
     try:
-        meta = json.loads(Path(folder, 'meta.json').read_text())
-        name = meta['tokenizer']
+        meta = read_json(Path(folder, 'meta.json'))
+        name, special = meta['tokenizer'], meta.get('special_tokens', [END])
         if name not in PATTERNS:
             return encoding(name)
-        lines = Path(folder, 'tokenizer.tiktoken').read_text().splitlines()
+        if table.stat().st_size > 2 ** 26 or not all(isinstance(token, str) for token in special):
+            raise ValueError('that large or of such special tokens is none of ours')
+        lines = table.read_text().splitlines()
         ranks = {base64.b64decode(line.split()[0], validate=True): int(line.split()[1]) for line in lines}
         if sorted(ranks.values()) != list(range(len(lines))) or not all(ranks):
             raise ValueError('its ranks are not 0, 1, 2 ...')
-        return encoding(name, ranks, meta.get('special_tokens', [END]))
+        return encoding(name, ranks, special)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f'{folder}: meta.json or tokenizer.tiktoken is damaged ({type(error).__name__}: {error})')
 
@@ -587,6 +591,7 @@ def main():
             (partial / 'tokenizer.tiktoken').write_text(''.join(table))
             meta['special_tokens'] = sorted(encoder._special_tokens, key=encoder._special_tokens.get)
         (partial / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
+        config.sync(*partial.iterdir())
         files = 'train.bin', 'train_mask.bin', 'val.bin', 'val_mask.bin', 'tokenizer.tiktoken', 'meta.json'
         for file in reversed(files):
             if file not in ('train.bin', 'val.bin'):
@@ -594,6 +599,7 @@ def main():
         for file in files:
             if (partial / file).exists():
                 (partial / file).replace(folder / file)
+        config.sync(folder)
     tokens, size = (sum(meta[f'{split}_{what}'] for split in ('train', 'val')) for what in ('tokens', 'bytes'))
     print(f'{folder}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens of '
           f'{meta["vocab_size"]:,} ({dtype}), {size / tokens:.2f} bytes a token')

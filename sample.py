@@ -11,7 +11,6 @@ import config  # first, for it makes Ctrl-C quiet
 
 import codecs
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of PyTorch's that
 import torch
 
 from bench import pick_device
-from model import GPT, find_checkpoint
+from model import GPT, find_checkpoint, read_json
 from prepare import HARMONY, Chat, encode_prompt, encoding, load_tokenizer, stop_tokens, write_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -56,7 +55,10 @@ def load(path, dtype, device):
     if model.lora and not packed:
         model.merge_lora()
     if meta.exists():
-        return model, load_tokenizer(folder), json.loads(meta.read_text()).get('block_size')
+        block_size = read_json(meta).get('block_size')
+        if block_size is not None and (type(block_size) is not int or block_size < 1):
+            raise ValueError(f'{meta} is damaged: block_size is {block_size!r}'[:200])
+        return model, load_tokenizer(folder), block_size
     if model.config.vocab_size == 201088:
         return model, encoding('o200k_harmony'), None
     raise ValueError(f'{path} has no meta.json, so its tokenizer is unknown; '
@@ -140,11 +142,19 @@ def main():
     torch.manual_seed(seed)
     model, encoder, block_size = load(path, getattr(torch, kind), where)
     if export:
-        model.save_pretrained(export, experts=experts or None)
-        write_tokenizer(encoder, Path(export))
-        for file in ('meta.json', 'tokenizer.tiktoken'):  # with which it is at home here, too
-            if (source := find_checkpoint(path) / file).exists():
-                shutil.copy(source, export)
+        new = Path(f'{Path(export).resolve()}.new')  # so that export is there whole or not at all
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            model.save_pretrained(new, experts=experts or None)
+            write_tokenizer(encoder, new)
+            for file in ('meta.json', 'tokenizer.tiktoken'):  # with which it is at home here, too
+                if (source := find_checkpoint(path) / file).exists():
+                    shutil.copy(source, new)
+            config.sync(*new.iterdir(), new)
+            new.replace(export)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
         return print(f'{export}: {model.num_parameters():,} parameters, {kind}{", experts mxfp4" if experts else ""}')
     options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
     ends = set(stop_tokens(encoder))

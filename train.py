@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from bench import peak_flops, pick_device
-from model import GPT, GPTConfig, Muon, find_checkpoint, read_json
+from bench import peak_flops, pick_device, training_memory
+from model import GPT, GPTConfig, Muon, find_checkpoint, memory_here, read_json
 
 # -----------------------------------------------------------------------------
 # where things are
@@ -259,6 +259,10 @@ in_shards = fsdp and init_from == 'resume' and any(source.glob('shard-*'))  # of
 place = 'meta' if fsdp and (rank or in_shards) else None  # of the weights of a model that is spread; the first has all
 try:
     if init_from == 'scratch':
+        need = training_memory(GPTConfig(**shape), batch_size // sharing, block_size, 4, bool(muon_lr), False, world, fsdp)
+        check(device_type != 'cpu' or sum(need.values()) < 1.2 * memory_here(), 'training this takes about {:,.0f} GB of '
+              'memory, and here are {:,.0f}; take a smaller model or --batch_size'.format(
+                  sum(need.values()) / 1e9, memory_here() / 1e9))
         with torch.device(place or 'cpu'):
             model, trained_on = GPT(GPTConfig(**shape)), block_size
     else:
@@ -601,7 +605,11 @@ def plot():
     experts.set(xlabel='step', ylim=(0, None))
     for axes in (losses, experts):
         axes.legend()
-    pyplot.savefig(out / 'loss.png', dpi=120)
+    try:
+        pyplot.savefig(out / 'loss.new', format='png', dpi=120)
+        (out / 'loss.new').replace(out / 'loss.png')
+    except OSError as error:
+        print(f'(no loss.png: {error})')
 
 
 def schedule(step):
