@@ -507,8 +507,11 @@ WORKS = {  # what --compare measures, where `models` says so of others than ours
 def in_fresh_process(job):
     works = dict(prepare=measure_prepare, learn=measure_learning, checkpoint=measure_checkpoint)
     work = works.get(job['part'], measure)
+    fresh = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
+    context = multiprocessing.get_context(fresh)
+    context.set_forkserver_preload(['torch', 'model'])  # imported once, by the process that all others are copies of
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_freed_memory) as pool:
+        with ProcessPoolExecutor(1, context, keep_freed_memory) as pool:
             return pool.submit(work, job).result()
     except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as error:
         config.fail(f'{job["model"]}, {job["part"]}: the memory here does not suffice ({type(error).__name__}); '

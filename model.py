@@ -117,6 +117,12 @@ class Linear(nn.Linear):
         return y if self.lora is None else y + self.lora(x)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # where it would do nothing, after two seconds of imports
+            super().reset_parameters()
+
+
 class LoRA(nn.Module):
     """A low-rank adapter of a matrix (out, in), or of each of a stack: scale · B A, at first 0. arXiv:2106.09685."""
 
@@ -697,7 +703,7 @@ class GPT(nn.Module):
         self.source = self.lora = None  # what from_pretrained loaded, {base, overrides}; what add_lora was called with
         self.compute_dtype = None  # what to compute in, whatever the parameters are kept in; None: as they are
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            embed_tokens=Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))
@@ -707,7 +713,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(('bias', 'sinks')):
                 nn.init.zeros_(p)
-            elif 'norm' not in name:
+            elif 'norm' not in name and not p.is_meta:
                 nn.init.normal_(p, std=config.initializer_range)
 
     def hidden_states(self, idx, cache=None):

@@ -2,6 +2,7 @@
 The tests: parity with transformers' GptOssForCausalLM, and what the scripts promise. They need no network.
 
     pytest -q test_model.py
+    LONG=1 pytest -q test_model.py -k long
 """
 
 import base64
@@ -9,14 +10,18 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import resource
 import runpy
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections import Counter
@@ -27,6 +32,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +43,7 @@ from model import (FULL, GPT, MXFP4, SLIDING, GPTConfig, KVCache, LinearCrossEnt
                    quantize_mxfp4, rope_tables)
 
 ROOT = Path(__file__).parent
+long = pytest.mark.skipif('LONG' not in os.environ, reason='takes minutes: LONG=1 pytest -q test_model.py -k long')
 SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
              num_key_value_heads=2, head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=16,
              rope_original_max_position_embeddings=64)
@@ -1601,32 +1608,290 @@ def test_nothing_to_learn():
     assert loss == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_interrupt_and_resume(tmp_path):
-    """A run that SIGTERM or Ctrl-C stops, resumed by the command it prints, ends as one that ran through."""
-    data = make_data(tmp_path)
-    common = [f'--data_dir={data}', *TINY, '--max_iters=300', '--eval_interval=150', '--log_interval=10',
-              '--dropout=0.1', '--sample_tokens=0']
-    assert run('train.py', f'--out_dir={tmp_path}/through', *common)[0] == 0
-    out = tmp_path / 'out'
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', f'--out_dir={out}', *common],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    while not (out / 'metrics.jsonl').exists() or (out / 'metrics.jsonl').read_text().count('train_loss') < 3:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and 'Traceback' not in err and 'SIGTERM' in printed
-    command = printed.strip().splitlines()[-1].split('python ')[1].split()
-    stopped_at = json.loads((out / 'last/state.json').read_text())['step']
-    assert 30 <= stopped_at < 300
-    status, _, err = run('train.py', *command[1:])  # no other setting: the run remembers its own
-    assert status == 0, err
+# --- nothing lost -------------------------------------------------------------------------------------------------
+
+def child(script, arguments, log, environment, trap):
+    """What a process of `start` does: set a trap, then run the script with its output in a file."""
+    with open(log, 'w') as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.setpgrp()  # so that what a test does to this process group happens to no other
+    os.environ.update(environment, OMP_NUM_THREADS='1')
+    torch.set_num_threads(1)
+    sys.modules['matplotlib'] = None  # plots take longer than these runs
+    set_trap(*trap)
+    sys.argv = [script, *map(str, arguments)]
+    runpy.run_path(str(ROOT / script), run_name='__main__')
+
+
+def set_trap(where=None, number=1, sent=signal.SIGTERM):
+    """Have this process get a signal the number-th time that it is there: in a step, an evaluation, a save, or at one of
+    the moments ('file') at which what is on the disk changes. Or let no file grow beyond some bytes ('full')."""
+    import safetensors.torch
+    if where == 'full':
+        resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+    count = itertools.count(1)
+    places = dict(step=[(model.Muon, 'step')], evaluation=[(GPT, 'hidden_states')],
+                  save=[(safetensors.torch, 'save_file')], file=[
+                      (os, 'fsync'), (os, 'rename'), (os, 'replace'), (os, 'unlink'), (os, 'rmdir'), (os, 'mkdir'),
+                      (safetensors.torch, 'save_file')])
+    for owner, name in places.get(where, []):
+        def trapped(*arguments, function=getattr(owner, name), **options):
+            if where != 'evaluation' or not arguments[0].training:
+                if next(count) == number:
+                    os.kill(os.getpid(), sent)
+            return function(*arguments, **options)
+
+        setattr(owner, name, trapped)
+
+
+def start(log, script, *arguments, trap=(), **environment):
+    """Run a script in a process of its own, its output in a file; faster than a new Python by the imports' seconds."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['test_model'])
+    process = context.Process(target=child, args=(script, arguments, log, environment, trap))
+    process.start()
+    return process
+
+
+def ended(process, log):
+    """(exit status, output) of a process that `start` gave."""
+    process.join(120)
+    assert process.exitcode is not None, log.read_text()
+    return process.exitcode, log.read_text()
+
+
+def start_processes(number, log, *arguments, trap=(), trapped=0):
+    """train.py in as many processes as torchrun would start, their output in log0, log1 ..."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        shared = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(number))
+    return [start(Path(f'{log}{rank}'), 'train.py', *arguments, trap=trap if rank == trapped else (), RANK=str(rank),
+                  LOCAL_RANK=str(rank), **shared) for rank in range(number)]
+
+
+def metrics(out):
+    """The rows of metrics.jsonl without what the clock says."""
+    rows = map(json.loads, (out / 'metrics.jsonl').read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in ('tokens_per_second', 'mfu')} for row in rows]
+
+
+def assert_same_run(out, other):
+    """The same numbers and the same state at the end, to the last bit."""
+    assert metrics(out) == metrics(other)
     for file in ('model.safetensors', 'optimizer.safetensors'):
-        through, resumed = load_file(tmp_path / 'through/last' / file), load_file(out / 'last' / file)
-        for name in through:
-            torch.testing.assert_close(through[name], resumed[name], rtol=1e-4, atol=1e-5)
-    steps = [json.loads(line)['step'] for line in (out / 'metrics.jsonl').read_text().splitlines()]
-    assert steps == sorted(steps) and Counter(steps)[300] == 2 and Counter(steps)[100] == 1
+        ours, theirs = load_file(out / 'last' / file), load_file(other / 'last' / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+SHORT = [*TINY, '--max_iters=24', '--eval_interval=6', '--log_interval=4', '--dropout=0.1', '--sample_tokens=0',
+         '--warmup_iters=3']
+
+
+@pytest.fixture(scope='session')
+def undisturbed(tmp_path_factory):
+    """(data, out_dir of a run of SHORT)."""
+    folder = tmp_path_factory.mktemp('undisturbed')
+    data = make_data(folder)
+    status, log = ended(start(folder / 'log', 'train.py', f'--data_dir={data}', f'--out_dir={folder}/out', *SHORT),
+                        folder / 'log')
+    assert status == 0, log
+    return data, folder / 'out'
+
+
+@pytest.mark.parametrize('where, number, stopped_at', [
+    ('step', 9, 9), ('evaluation', 1, None), ('evaluation', 2, 6), ('evaluation', 5, 24), ('save', 1, 6), ('save', 3, 7)])
+def test_sigterm(where, number, stopped_at, undisturbed, tmp_path):
+    """SIGTERM, wherever it comes, ends a run with one checkpoint; resumed it goes on as if nothing had been."""
+    data, out, log = undisturbed[0], tmp_path / 'out', tmp_path / 'log'
+    status, printed = ended(start(log, 'train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT,
+                                  trap=(where, number)), log)
+    assert status == 0 and 'SIGTERM: stopped' in printed and 'Traceback' not in printed, printed
+    if stopped_at is None:
+        assert 'nothing yet' in printed and not (out / 'last').exists()
+        return
+    assert json.loads((out / 'last/state.json').read_text())['step'] == stopped_at
+    before = (stopped_at - 1) // 6 * 6  # the state was written then, and once again when it stopped
+    assert (out / 'last.old').exists() == (before > 0)
+    assert not before or json.loads((out / 'last.old/state.json').read_text())['step'] == before
+    command = printed.strip().splitlines()[-1].split()[2:]
+    status, printed = ended(start(log, 'train.py', *command), log)  # no other setting: the run remembers its own
+    assert status == 0, printed
+    assert_same_run(out, undisturbed[1])
+    refused(run('train.py', *command), '24 steps', 'max_iters')
+
+
+def test_resume_with_other_intervals(undisturbed, tmp_path):
+    """Evaluating and logging more often, in either part of a run, changes nothing of what is learned."""
+    out, log = tmp_path / 'out', tmp_path / 'log'
+    first = start(log, 'train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT, '--eval_interval=5',
+                  '--log_interval=3', trap=('step', 13))
+    assert ended(first, log)[0] == 0
+    status, printed = ended(start(log, 'train.py', f'--out_dir={out}', '--init_from=resume', '--eval_interval=4'), log)
+    assert status == 0, printed
+    ours, theirs = metrics(out), metrics(undisturbed[1])
+    assert [row['step'] for row in ours if 'val_loss' in row] == [0, 5, 10, 16, 20, 24]
+    assert [row['step'] for row in ours if 'train_loss' in row] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert ours[-1]['val_loss'] == theirs[-1]['val_loss']
+    for file in ('model.safetensors', 'optimizer.safetensors'):
+        a, b = load_file(out / 'last' / file), load_file(undisturbed[1] / 'last' / file)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def kill_and_resume(rng, undisturbed, folder, by_time=False):
+    """Kill a run at some moment, resume it, and compare."""
+    out, log = folder / 'out', folder / 'log'
+    arguments = ['train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT]
+    if by_time:
+        process = start(log, *arguments)
+        while not (out / 'metrics.jsonl').exists():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+    else:
+        process = start(log, *arguments, trap=('file', rng.randint(3, 170), signal.SIGKILL))
+    ended(process, log)
+    begun = any((out / name).exists() for name in ('last', 'last.old'))
+    status, printed = ended(start(log, *arguments, '--init_from=resume' if begun else '--overwrite'), log)
+    if status == 2 and '24 steps of max_iters' in printed:  # it was all done when it was killed
+        status = 0
+    assert status == 0, printed
+    assert_same_run(out, undisturbed[1])
+    return begun
+
+
+def test_killed(undisturbed, tmp_path):
+    rng, begun = random.Random(time.time()), 0
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+        begun += kill_and_resume(rng, undisturbed, tmp_path / str(number))
+
+
+@long
+def test_long_killed(undisturbed, tmp_path):
+    """Fifty runs killed, half at a random time and half at a random change of the files, and resumed."""
+    rng, begun = random.Random(6), 0
+    for number in range(50):
+        (tmp_path / str(number)).mkdir()
+        begun += kill_and_resume(rng, undisturbed, tmp_path / str(number), by_time=number % 2 == 0)
+    assert begun > 25
+
+
+def test_damaged_checkpoint(undisturbed, tmp_path):
+    """A checkpoint in which anything is not as it was written is reported and set aside, and the older one used."""
+    out, log = tmp_path / 'out', tmp_path / 'log'
+    ended(start(log, 'train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT, trap=('step', 15)), log)
+    assert [json.loads((out / name / 'state.json').read_text())['step'] for name in ('last', 'last.old')] == [15, 12]
+    resume = f'--out_dir={out}', '--init_from=resume'
+    for file in ('model.safetensors', 'SHA256SUMS', 'state.json'):
+        shutil.copytree(out, tmp_path / file)
+        content = bytearray((out / 'last' / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / file / 'last' / file).write_bytes(content)
+        (tmp_path / file / 'last.old' / file).unlink()
+        refused(run('train.py', f'--out_dir={tmp_path / file}', '--init_from=resume'), 'last.old is damaged', file)
+    (out / 'last/optimizer.safetensors').write_bytes((out / 'last/optimizer.safetensors').read_bytes()[:-1])
+    status, printed = ended(start(log, 'train.py', *resume), log)
+    assert status == 0 and 'last is damaged' in printed and 'optimizer.safetensors' in printed, printed
+    assert (out / 'last.damaged/state.json').exists()
+    assert_same_run(out, undisturbed[1])
+
+
+def test_full_disk_and_locked_folder(undisturbed, tmp_path):
+    """What cannot be written is one clear line, and what was written before is whole; two runs do not mix."""
+    out, log = tmp_path / 'out', tmp_path / 'log'
+    arguments = [f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT]
+    ended(start(log, 'train.py', *arguments, trap=('step', 9)), log)
+    for size in (1000, 20000):  # of the first file that is too large
+        status, printed = ended(start(log, 'train.py', f'--out_dir={out}', '--init_from=resume', trap=('full', size)), log)
+        assert status == 2 and 'Traceback' not in printed and f'cannot write to {out}' in printed, printed
+        assert json.loads((out / 'last/state.json').read_text())['step'] == 9
+    with FileLock(out / '.lock'):
+        for more in ('--init_from=resume', '--overwrite'):
+            status, printed = ended(start(log, 'train.py', *arguments, more), log)
+            assert status == 2 and f'another run is writing to {out}' in printed, printed
+    ended(start(log, 'train.py', *arguments, '--init_from=resume'), log)
+    assert_same_run(out, undisturbed[1])
+    (tmp_path / 'file').write_text('')
+    refused(run('train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={tmp_path}/file/out', *SHORT), 'cannot write to')
+    status, printed = ended(start(log, 'prepare.py', '--dataset=builtin', '--tokenizer=byte', '--megabytes=0.1',
+                                  f'--data_dir={tmp_path}/data', trap=('full', 50000)), log)
+    assert status == 2 and 'Traceback' not in printed and os.listdir(tmp_path / 'data') == [], printed
+
+
+def test_vanished_data(tmp_path):
+    """Data that is cut short or gone while a run goes on ends it with a line, its checkpoint whole."""
+    data = make_data(tmp_path)
+    for change in (Path.unlink, lambda path: os.truncate(path, 100)):
+        out, log = tmp_path / 'out', tmp_path / 'log'
+        process = start(log, 'train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT, '--max_iters=100000', '--overwrite')
+        while not (out / 'last').exists():
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.01)
+        change(data / 'train.bin')
+        status, printed = ended(process, log)
+        assert status == 2 and 'Traceback' not in printed and 'train.bin: found' in printed, printed
+        assert json.loads((out / 'last/state.json').read_text())['step'] >= 6
+        make_data(tmp_path)
+
+
+# --- many processes -----------------------------------------------------------------------------------------------
+
+PARITY = [*TINY, '--max_iters=12', '--eval_interval=4', '--log_interval=1', '--sample_tokens=0', '--warmup_iters=3']
+
+
+def finished(processes, log):
+    """The output of processes that start_processes gave, once all have ended well."""
+    results = [ended(process, Path(f'{log}{rank}')) for rank, process in enumerate(processes)]
+    assert all(status == 0 for status, _ in results), results
+    return results
+
+
+def assert_close_runs(out, other):
+    """The same losses to 1e-5, and parameters likewise."""
+    ours, theirs = metrics(out), metrics(other)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a.keys() == b.keys() and (a['step'], a['tokens']) == (b['step'], b['tokens'])
+        for key in a.keys() & {'train_loss', 'val_loss', 'grad_norm'}:
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (a, b)
+        for key in a.keys() & {'expert_load_max', 'dead_experts', 'router_entropy'}:
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (a, b)
+    ours, theirs = (GPT.from_pretrained(folder / 'last', torch.float32) for folder in (out, other))
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert (p - q).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize('number, changes', [
+    (2, []), (2, ['--fsdp=True', '--num_local_experts=3', '--tie_word_embeddings=True']),
+    (4, ['--gradient_accumulation_steps=2', '--fsdp=True']), (2, ['--gradient_accumulation_steps=3', '--batch_size=2'])])
+def test_processes(number, changes, tmp_path):
+    """One process or several, DDP or FSDP2: the same numbers, and their checkpoints serve each other."""
+    data, log = make_data(tmp_path), tmp_path / 'log'
+    common = [f'--data_dir={data}', *PARITY, *(change for change in changes if 'fsdp' not in change)]
+    fsdp = ['--fsdp=True'] if '--fsdp=True' in changes else []
+    one, many, mixed = (tmp_path / name for name in ('one', 'many', 'mixed'))
+    assert ended(start(log, 'train.py', *common, f'--out_dir={one}'), log)[0] == 0
+    finished(start_processes(number, log, *common, *fsdp, f'--out_dir={many}'), log)
+    assert_close_runs(many, one)
+    # begun by several, gone on with by one; and the other way round
+    for begun_by in (number, 1):
+        before = start_processes(number, log, *common, *fsdp, f'--out_dir={mixed}', '--overwrite', trap=('step', 7),
+                                 trapped=number - 1) if begun_by > 1 else [
+            start(tmp_path / 'log0', 'train.py', *common, f'--out_dir={mixed}', '--overwrite', trap=('step', 7))]
+        results = finished(before, log)
+        assert 'stopped after step 7' in results[0][1], results
+        resume = f'--out_dir={mixed}', '--init_from=resume'
+        finished([start(tmp_path / 'log0', 'train.py', *resume)] if begun_by > 1 else
+                 start_processes(number, log, *resume, *fsdp), log)
+        assert_close_runs(mixed, one)
+    if fsdp:  # to the single-file layout, and into transformers
+        transformers = pytest.importorskip('transformers')
+        assert any((many / 'last').glob('shard-*')) and not any((many / 'last').glob('model*'))
+        assert run('sample.py', f'--init_from={many}/last', f'--export={tmp_path}/whole', '--dtype=float32')[0] == 0
+        theirs = transformers.GptOssForCausalLM.from_pretrained(tmp_path / 'whole', attn_implementation='eager')
+        idx = torch.randint(20, (1, 40))
+        ours = GPT.from_pretrained(many / 'last', torch.float32)
+        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
 
 
 def test_not_finite(tmp_path):
