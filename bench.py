@@ -509,7 +509,7 @@ def in_fresh_process(job):
     work = works.get(job['part'], measure)
     fresh = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
     context = multiprocessing.get_context(fresh)
-    context.set_forkserver_preload(['torch', 'model'])  # imported once, by the process that all others are copies of
+    context.set_forkserver_preload(['torch._dynamo', 'model'])  # imported once, by the process that all others are copies of
     try:
         with ProcessPoolExecutor(1, context, keep_freed_memory) as pool:
             return pool.submit(work, job).result()

@@ -1310,8 +1310,8 @@ def find_checkpoint(path):
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path), allow_patterns=[
-            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'adapter.json', 'adapter.safetensors',
-            'meta.json', 'tokenizer.tiktoken']))
+            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'shard-*.safetensors', 'adapter.json',
+            'adapter.safetensors', 'meta.json', 'tokenizer.tiktoken']))
     except Exception as error:  # the hub's client raises many kinds; each means that the checkpoint cannot be had
         raise ValueError(f'{path} is no folder here and could not be had from the Hugging Face hub '
                          f'({type(error).__name__}); download it elsewhere and give its folder') from error
@@ -1331,21 +1331,29 @@ def read_json(path):
 
 
 def read_config(path):
-    """GPTConfig from the config.json of Hugging Face (rope_scaling or rope_parameters) or OpenAI (flat, own names)."""
-    raw = {key: value for key, value in read_json(path).items() if value is not None}
+    """GPTConfig from the config.json of Hugging Face (rope_scaling or rope_parameters) or OpenAI (flat, own names).
+
+    Raises ValueError.
+    """
+    found = read_json(path)
+    try:
+        return config_from({key: value for key, value in found.items() if value is not None})
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f'{path}: {str(error)[:300]}') from error
+
+
+def config_from(raw):
     openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
                   initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',
                   rope_ntk_alpha='rope_beta_slow', rope_ntk_beta='rope_beta_fast')
     transformers = dict(vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36,
                         num_attention_heads=64, num_key_value_heads=8, num_local_experts=128, num_experts_per_tok=4)
     flat = transformers | {openai.get(key, key): value for key, value in raw.items()}
-    if 'sliding_window' not in raw:  # null: no window
-        flat['layer_types'] = [FULL] * flat['num_hidden_layers']
     rope = raw.get('rope_parameters') or raw.get('rope_scaling')
     if rope:
         kind = rope.get('rope_type', rope.get('type', 'default'))
         if kind not in ('yarn', 'default') or rope.get('attention_factor') or rope.get('mscale'):
-            raise ValueError(f'{path} asks for the rope {rope}; this model has default, and yarn with its usual scale')
+            raise ValueError(f'it asks for the rope {rope}; this model has default, and yarn with its usual scale')
         # what transformers takes where these are missing; gpt-oss's files have both
         flat.update(rope_truncate=True)
         flat.update(rope_original_max_position_embeddings=flat.get('max_position_embeddings', 131072))
@@ -1354,11 +1362,14 @@ def read_config(path):
             flat.update(rope_factor=1.0)
     for key, only in (('swiglu_alpha', 1.702), ('attention_bias', True), ('hidden_act', 'silu')):
         if raw.get(key, only) != only:
-            raise ValueError(f'{path} has {key} = {raw[key]}; gpt-oss has {only}')
+            raise ValueError(f'{key} is {raw[key]}; gpt-oss has {only}')
     if not raw.get('output_router_logits'):
         flat.update(router_aux_loss_coef=0.0)
-    known = {field.name: field.type for field in fields(GPTConfig)}
-    return GPTConfig(**{key: float(flat[key]) if known[key] is float else flat[key] for key in known if key in flat})
+    known = [field.name for field in fields(GPTConfig)]
+    config = GPTConfig(**{key: flat[key] for key in known if key in flat})
+    if 'sliding_window' not in raw:  # null: no window
+        config.layer_types = [FULL] * config.num_hidden_layers
+    return config
 
 
 # OpenAI's names, piece by piece, and the published Hugging Face names of the experts, to ours

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import copy
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -1647,7 +1649,7 @@ def set_trap(where=None, number=1, sent=signal.SIGTERM):
 def start(log, script, *arguments, trap=(), **environment):
     """Run a script in a process of its own, its output in a file; faster than a new Python by the imports' seconds."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['test_model'])
+    context.set_forkserver_preload(['test_model', 'torch._dynamo', 'torch.distributed.checkpoint'])
     process = context.Process(target=child, args=(script, arguments, log, environment, trap))
     process.start()
     return process
@@ -1761,7 +1763,7 @@ def kill_and_resume(rng, undisturbed, folder, by_time=False):
 
 def test_killed(undisturbed, tmp_path):
     rng, begun = random.Random(time.time()), 0
-    for number in range(4):
+    for number in range(2):
         (tmp_path / str(number)).mkdir()
         begun += kill_and_resume(rng, undisturbed, tmp_path / str(number))
 
@@ -1863,7 +1865,11 @@ def assert_close_runs(out, other):
 
 @pytest.mark.parametrize('number, changes', [
     (2, []), (2, ['--fsdp=True', '--num_local_experts=3', '--tie_word_embeddings=True']),
-    (4, ['--gradient_accumulation_steps=2', '--fsdp=True']), (2, ['--gradient_accumulation_steps=3', '--batch_size=2'])])
+    *(pytest.param(number, ['--max_iters=50', *changes], marks=long, id=f'long-{number}-{" ".join(changes)}')
+      for number, changes in (
+          (2, []), (2, ['--fsdp=True']), (2, ['--gradient_accumulation_steps=3', '--batch_size=2']),
+          (4, ['--gradient_accumulation_steps=2', '--fsdp=True']), (2, ['--fsdp=True', '--compile=True']),
+          (2, ['--fsdp=True', '--muon_lr=0', '--learning_rate=1e-3'])))])
 def test_processes(number, changes, tmp_path):
     """One process or several, DDP or FSDP2: the same numbers, and their checkpoints serve each other."""
     data, log = make_data(tmp_path), tmp_path / 'log'
@@ -1892,6 +1898,224 @@ def test_processes(number, changes, tmp_path):
         idx = torch.randint(20, (1, 40))
         ours = GPT.from_pretrained(many / 'last', torch.float32)
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+
+
+# --- what strangers and typing errors bring -----------------------------------------------------------------------
+
+class Enough(BaseException):
+    pass
+
+
+def fuzz(work, seed, number, folder, log):
+    """Call work(rng, folder) so often, in this process with little memory and little time for each; what it raises goes
+    to the log, with how to have it again."""
+    import bench
+    bench.peak_flops = lambda *_: None  # it takes longer than all the rest
+    torch.set_num_threads(1)
+    sys.modules['matplotlib'] = None
+    used = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize() if sys.platform == 'linux' else 0
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 2 ** 31, used + 2 ** 31))
+
+    def enough(*_):
+        raise Enough
+
+    signal.signal(signal.SIGALRM, enough)
+    with open(log, 'w') as file:
+        for i in range(number):
+            try:
+                signal.alarm(20)
+                work(random.Random(f'{seed} {i}'), folder)
+                file.write('done\n')
+            except BaseException as error:
+                where = '; '.join(line.strip() for line in traceback.format_exc(chain=False).splitlines()[-5:])
+                file.write(f'{seed} {i}: {error!r:.2000}; {where} ... {error.__cause__!r:.300}\n')
+            finally:
+                signal.alarm(0)
+
+
+def assert_harmless(work, number, folder, seed=0):
+    """That fuzz finds nothing, in a process of its own."""
+    context = multiprocessing.get_context('forkserver')
+    process = context.Process(target=fuzz, args=(work, seed, number, folder, folder / 'fuzz.log'))
+    process.start()
+    process.join()
+    lines = (folder / 'fuzz.log').read_text().splitlines()
+    bad = [line for line in lines if line != 'done']
+    assert process.exitcode == 0 and not bad, '\n'.join([f'exit {process.exitcode} after {len(lines)}', *bad[:60]])
+    assert len(lines) == number
+
+
+def mutated(rng, content):
+    """Bytes with something cut off, taken out, put in, or changed."""
+    content = bytearray(content)
+    at, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    how = rng.randrange(5)
+    if how == 0:
+        return bytes(content[:at])
+    if how == 1:
+        del content[at:at + rng.choice([1, 2, 8, end - at])]
+    elif how == 2:
+        content[at:at] = rng.randbytes(rng.choice([1, 8, 100]))
+    else:
+        for _ in range(1 if how == 3 else 20):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content)
+
+
+def mutated_json(rng, value):
+    """An object with one value of it, at any depth, replaced, taken out or put in twice."""
+    wild = [None, True, -1, 0, 1, 3, 10 ** 9, 2 ** 63, 10 ** 40, 1e308, math.inf, math.nan, 0.5, '', 'x', 'F64', 'I64', [],
+            {}, [[]], [1, 2], {'a': 1}, '../../etc/passwd', 'x' * 10000, list(range(1000))]
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.2:
+        return rng.choice(wild)
+    value = copy.copy(value)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    how = rng.random()
+    if how < 0.1:
+        del value[key]
+    elif how < 0.15 and isinstance(value, dict):
+        value[str(rng.choice(wild))] = value[key]
+    else:
+        value[key] = mutated_json(rng, value[key])
+    return value
+
+
+def mutate_json_file(rng, path):
+    if rng.random() < 0.3:
+        path.write_bytes(mutated(rng, path.read_bytes()))
+    elif rng.random() < 0.05:
+        path.write_text('[' * 100000)
+    else:
+        path.write_text(json.dumps(mutated_json(rng, json.loads(path.read_text()))))
+
+
+def mutate_safetensors(rng, path):
+    """Change the header, its length, or where the file ends."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], 'little')
+    how = rng.random()
+    if how < 0.2:
+        path.write_bytes(content[:rng.randrange(len(content))])
+    elif how < 0.3:
+        path.write_bytes(rng.choice([0, 1, size - 1, size + 1, 2 ** 31, 2 ** 63, 2 ** 64 - 1]).to_bytes(8, 'little') + content[8:])
+    elif how < 0.5:
+        path.write_bytes(content[:8] + mutated(rng, content[8:8 + size]) + content[8 + size:])
+    else:
+        header = json.dumps(mutated_json(rng, json.loads(content[8:8 + size]))).encode()
+        path.write_bytes(len(header).to_bytes(8, 'little') + header + content[8 + size:])
+
+
+def load_mutated(rng, folder):
+    """A checkpoint with one file changed is refused with its name, or loads."""
+    for source in folder.glob('checkpoint*'):
+        there = folder / 'tried'
+        shutil.rmtree(there, ignore_errors=True)
+        shutil.copytree(source, there)
+        file = there / rng.choice([name for name in os.listdir(source) if name.endswith(('.json', '.safetensors'))])
+        mutate_json_file(rng, file) if file.suffix == '.json' else mutate_safetensors(rng, file)
+        try:
+            GPT.from_pretrained(there, torch.float32)
+        except ValueError as error:
+            assert str(there) in str(error), error
+
+
+def train_mutated(rng, folder):
+    """Data, or a run to resume, with one file changed: one clear line, or a run."""
+    there = folder / 'tried'
+    shutil.rmtree(there, ignore_errors=True)
+    shutil.copytree(folder / 'run', there)
+    options = [f'--out_dir={there}/out', f'--data_dir={there}/data', '--max_iters=3']
+    if rng.random() < 0.5:
+        file = there / 'data' / rng.choice(['train.bin', 'val.bin', 'meta.json', 'meta.json', 'tokenizer.tiktoken'])
+        options += ['--overwrite', *SHORT[:9], '--sample_tokens=3', '--eval_interval=2']
+    else:
+        file = there / 'out/last' / rng.choice(['state.json', 'state.json', 'config.json', 'meta.json', 'SHA256SUMS',
+                                                'optimizer.safetensors', 'model.safetensors'])
+        options += ['--init_from=resume']
+    if file.suffix == '.json':
+        mutate_json_file(rng, file)
+    elif file.suffix == '.safetensors':
+        mutate_safetensors(rng, file)
+    else:
+        file.write_bytes(mutated(rng, file.read_bytes()))
+    sums = there / 'out/last/SHA256SUMS'
+    if file != sums and rng.random() < 0.7:  # by someone who writes the sums anew
+        lines = [f'{hashlib.sha256((sums.parent / name).read_bytes()).hexdigest()}  {name}\n'
+                 for name in sorted(os.listdir(sums.parent)) if name != sums.name]
+        sums.write_text(''.join(sorted(lines)))
+    try:
+        result = run('train.py', *options)
+    except Enough:  # it trains, and that may take long: a changed state may ask for many steps
+        return
+    if result[0]:
+        refused(result)
+        assert str(there) in result[2], result
+    else:
+        assert 'Traceback' not in result[2]
+
+
+def random_command(rng, folder):
+    """A script with random settings, by flags or a config file: one clear line, or a run."""
+    import config
+    script = rng.choice(['train.py'] * 5 + ['prepare.py'] * 2 + ['sample.py'] * 3 + ['bench.py'])
+    known = config.declared(ROOT / script)
+    if script == 'train.py':
+        known = known | config.declared(ROOT / 'model.py', 'GPTConfig')
+    wild = dict(int=['0', '1', '2', '3', '5', '64', '-1', '1e3', '1.5', '10' * 20, 'x', '', 'None', 'nan', '2**9', '[1]'],
+                float=['0', '1', '0.5', '-1', '1e-3', 'inf', 'nan', '1e400', 'x', '', 'None', '1e30', '3'],
+                bool=['True', 'False', '1', 'x', '', 'None'], str=['', 'x', 'resume', '/', 'None', 'a=b', '\x00', 'ä' * 300, '..'])
+    base = {'train.py': ['--data_dir=run/data', *TINY, '--max_iters=2', '--out_dir=random', '--overwrite'],
+            'prepare.py': ['--dataset=text.txt', '--tokenizer=char', '--data_dir=prepared'],
+            'sample.py': ['--out_dir=run/out', '--max_new_tokens=3', '--device=cpu', '--start=the'],
+            'bench.py': ['--rounds=1', '--steps=1', '--new_tokens=2', *TINY[:5], '--device=cpu', '--parts=decode',
+                         '--vocab_size=20', '--works=x']}[script]
+    given = []
+    for key in rng.sample(sorted(known), rng.choice([1, 1, 2, 3])):
+        kind = known[key][0].partition(' ')[0]
+        given.append((key, rng.choice(wild.get(kind, ['x', 'sliding_attention,full_attention', '']) + [repr(known[key][1])])))
+    given = [(key, value) for key, value in given if key not in ('device', 'learn', 'compare', 'profile', 'checkpoint')]
+    flags = [f'--{key}={value}' for key, value in given]
+    if rng.random() < 0.1:
+        flags += [rng.choice(['--', '-x', '--=', '=', '--overwrite', '--max_iters', 'config/none.py', '--LR=1', 'ä', '.'])]
+    if rng.random() < 0.3:
+        lines = [f'{key} = {value if rng.random() < 0.5 else repr(value)}' for key, value in given]
+        (folder / 'fuzzed.py').write_text('\n'.join(lines + [rng.choice(['', 'x = 1', '(', 'import nothing', '1 / 0'])]))
+        flags = ['fuzzed.py']
+    try:
+        result = run(script, *base, *flags, cwd=folder)
+    except Enough:
+        return
+    except BaseException as error:
+        raise AssertionError(f'{script} {flags} {(folder / "fuzzed.py").read_text() if flags == ["fuzzed.py"] else ""}') from error
+    assert 'Traceback' not in result[2], (script, flags, result)
+    assert result[0] in (0, 2), (script, flags, result)
+    if result[0]:
+        refused(result)
+
+
+@pytest.fixture(scope='session')
+def samples(undisturbed, tmp_path_factory):
+    """A folder with checkpoints of all kinds, a run, its data, and a text."""
+    folder = tmp_path_factory.mktemp('samples')
+    shutil.copytree(undisturbed[0], folder / 'run/data')
+    shutil.copytree(undisturbed[1], folder / 'run/out')
+    model = make(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    model.save_pretrained(folder / 'checkpoint')
+    model.save_pretrained(folder / 'checkpoint-packed', torch.bfloat16, 'mxfp4', shard_size=2e4)
+    adapted = GPT.from_pretrained(folder / 'checkpoint', torch.float32)
+    adapted.add_lora(2, 4)
+    adapted.save_adapter(folder / 'checkpoint-adapter')
+    (folder / 'text.txt').write_text('the quick brown fox jumps over the lazy dog\n' * 50)
+    return folder
+
+
+@pytest.mark.parametrize('work, number', [
+    (load_mutated, 40), (train_mutated, 25), (random_command, 40),
+    *(pytest.param(work, 1000, marks=long, id=f'long-{work.__name__}')
+      for work in (load_mutated, train_mutated, random_command))])
+def test_hostile_input(work, number, samples, tmp_path):
+    shutil.copytree(samples, tmp_path / 'here')
+    assert_harmless(work, number, tmp_path / 'here', seed=number)
 
 
 def test_not_finite(tmp_path):
