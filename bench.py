@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -105,6 +106,7 @@ def keep_freed_memory():
     mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: whose end stays
 
 
+@cache
 def peak_flops(device, dtype):
     """FLOP/s that MFU is measured against: by a GPU's data sheet (None if we do not know it), measured on a CPU."""
     if device.startswith('cuda'):

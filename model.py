@@ -76,9 +76,10 @@ class GPTConfig:
                 raise ValueError(f'{field.name} is {value!r}; it must be {wanted}'[:200])
         if self.layer_types is None:
             self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
-        if not isinstance(self.layer_types, list):
-            raise ValueError(f'layer_types is {self.layer_types!r}; it must be a list'[:200])
-        unknown = [kind for kind in self.layer_types if kind not in (SLIDING, FULL)][:3]
+        kinds = self.layer_types
+        if not isinstance(kinds, list) or (unknown := [kind for kind in kinds if kind not in (SLIDING, FULL)]):
+            raise ValueError(f'layer_types is {kinds!r:.60}; it must be a list of {SLIDING} and {FULL}' if
+                             not isinstance(kinds, list) else f'layer_types holds {unknown!r:.60}; it takes {SLIDING} and {FULL}')
         for wrong, message in (
                 (self.num_attention_heads % self.num_key_value_heads,
                  'num_attention_heads ({num_attention_heads}) must be a multiple of '
@@ -88,7 +89,6 @@ class GPTConfig:
                 (self.head_dim % 2, 'head_dim is {head_dim}; it must be even, for RoPE turns pairs'),
                 (len(self.layer_types) != self.num_hidden_layers,
                  f'layer_types has {len(self.layer_types)} entries for num_hidden_layers = {{num_hidden_layers}}'),
-                (unknown, f'layer_types holds {unknown}; it takes {SLIDING} and {FULL}'),
                 (max(self.dropout, self.attention_dropout) >= 1,
                  'dropout ({dropout}) and attention_dropout ({attention_dropout}) must be below 1'),
                 (self.rope_factor < 1 or self.rope_theta <= 1,
@@ -943,7 +943,7 @@ class GPT(nn.Module):
         """from_pretrained of a folder that save_adapter wrote."""
         raw = read_json(folder / 'adapter.json')
         try:
-            base, rank, alpha = str(raw['base']), int(raw['lora_rank']), float(raw['lora_alpha'])
+            base, rank, alpha = Path(raw['base']), int(raw['lora_rank']), float(raw['lora_alpha'])
             overrides = dict(raw['overrides']) | overrides
             replace(GPTConfig(), **raw['overrides'])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -953,7 +953,7 @@ class GPT(nn.Module):
                 raise ValueError('that holds adapters itself')
             model = cls.from_pretrained(base, dtype, device, experts, **overrides)
         except ValueError as error:
-            raise ValueError(f'{folder / "adapter.json"} adapts {base!r}: {error}') from error
+            raise ValueError(f'{folder / "adapter.json"} adapts {str(base):.200}: {error}') from error
         stored = Stored([*folder.glob('adapter.safetensors'), *folder.glob('shard-*.safetensors')], folder)
         try:
             model.add_lora(rank, alpha)
@@ -1303,10 +1303,11 @@ def memory_here():
 def find_checkpoint(path):
     """The local folder of a checkpoint, with config.json, original/config.json or adapter.json; a hub id's download."""
     for file in (Path(path, 'adapter.json'), Path(path, 'config.json'), Path(path, 'original', 'config.json')):
-        if file.is_file():
+        if os.path.isfile(file):  # of names that are none, too
             return file.parent
-    if Path(path).exists() or str(path).count('/') != 1:
-        raise ValueError(f'{path} is no checkpoint: no config.json in it, nor is it a hub id like openai/gpt-oss-20b')
+    if os.path.exists(path) or str(path).count('/') != 1:
+        raise ValueError(f'{str(path):.200} is no checkpoint: no config.json in it, nor is it a hub id like '
+                         'openai/gpt-oss-20b')
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path), allow_patterns=[

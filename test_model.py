@@ -23,6 +23,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -992,9 +993,11 @@ def test_impossible_requests(arguments, message):
 
 # --- the scripts --------------------------------------------------------------------------------------------------
 
-def run(script, *arguments, cwd=None):
-    """Run a script in this process -> (exit status, its output, its errors)."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
+def run(script, *arguments, cwd=None, plots=False):
+    """Run a script in this process -> (exit status, its output, its errors). Plots would take longer than all the rest."""
+    out, err, status, matplotlib = io.StringIO(), io.StringIO(), 0, sys.modules.get('matplotlib')
+    if not plots:
+        sys.modules['matplotlib'] = None
     before = sys.argv, os.getcwd(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         sys.argv = [script, *map(str, arguments)]
@@ -1005,6 +1008,10 @@ def run(script, *arguments, cwd=None):
         status = error.code or 0
     finally:
         gc.collect()  # with what a failed script leaves, its lock on out_dir
+        if not plots:
+            del sys.modules['matplotlib']
+            if matplotlib:
+                sys.modules['matplotlib'] = matplotlib
         sys.argv = before[0]
         os.chdir(before[1])
         for number, handler in before[2].items():
@@ -1447,7 +1454,7 @@ def test_batches_and_schedule(tmp_path):
     assert list(names['block_starts'](0)) not in (epochs[0], list(names['block_starts'](1)))
     # without the balancing loss, which depends on what is in a batch
     common += ['--router_aux_loss_coef=0']
-    assert run('train.py', *common, f'--out_dir={tmp_path}/a', '--batch_size=8', '--overwrite')[0] == 0
+    assert run('train.py', *common, f'--out_dir={tmp_path}/a', '--batch_size=8', '--overwrite', plots=True)[0] == 0
     options = '--batch_size=2', '--gradient_accumulation_steps=4'
     assert run('train.py', *common, f'--out_dir={tmp_path}/b', *options)[0] == 0
     ours, theirs = (load_file(tmp_path / x / 'last/model.safetensors') for x in 'ab')
@@ -1838,7 +1845,9 @@ def test_vanished_data(tmp_path):
 
 # --- many processes -----------------------------------------------------------------------------------------------
 
-PARITY = [*TINY, '--max_iters=12', '--eval_interval=4', '--log_interval=1', '--sample_tokens=0', '--warmup_iters=3']
+# torchrun has a --start of its own
+PARITY = [*(flag for flag in TINY if 'start' not in flag), '--max_iters=12', '--eval_interval=4', '--log_interval=1',
+          '--sample_tokens=0', '--warmup_iters=3']
 
 
 def finished(processes, log):
@@ -1898,6 +1907,37 @@ def test_processes(number, changes, tmp_path):
         idx = torch.randint(20, (1, 40))
         ours = GPT.from_pretrained(many / 'last', torch.float32)
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+
+
+@long
+@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True']])
+def test_long_torchrun(fsdp, tmp_path):
+    """A process that dies takes the others with it within a minute; with --max-restarts they all go on, from the last
+    checkpoint, to the numbers of a run that nothing happened to."""
+    data, one, many = make_data(tmp_path), tmp_path / 'one', tmp_path / 'many'
+    common = [f'--data_dir={data}', *PARITY, '--max_iters=50']
+    assert ended(start(tmp_path / 'log', 'train.py', *common, f'--out_dir={one}'), tmp_path / 'log')[0] == 0
+    (tmp_path / 'sitecustomize.py').write_text(f"""
+import os, signal, threading, time
+from pathlib import Path
+def die():
+    while not Path({str(many)!r}, 'last').exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    threading.Thread(target=die, daemon=True).start()
+""")
+    for restarts in (0, 1):
+        began = time.time()
+        result = subprocess.run(['torchrun', '--nproc_per_node=2', f'--max-restarts={restarts}', ROOT / 'train.py',
+                                 *common, *fsdp, f'--out_dir={many}', '--overwrite'], capture_output=True, text=True,
+                                env=os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'), timeout=300)
+        if not restarts:
+            assert result.returncode != 0 and 'SIGKILL' in result.stderr and time.time() - began < 60, result
+            shutil.rmtree(many)
+    assert result.returncode == 0 and 'Signal 9 (SIGKILL)' in result.stderr, result
+    assert_close_runs(many, one)
 
 
 # --- what strangers and typing errors bring -----------------------------------------------------------------------
@@ -2141,7 +2181,7 @@ def test_learn(tmp_path):
     data = make_data(tmp_path)
     learn = ['bench.py', '--learn', f'--data_dir={data}', *TINY[:5], '--device=cpu', '--warmup_iters=5', '--seeds=1,2',
              f'--json_file={tmp_path}/learn.json', f'--plot_file={tmp_path}/learn.png']
-    status, out, err = run(*learn, '--max_iters=60', '--works=no sinks', '--grad_clip=0')
+    status, out, err = run(*learn, '--max_iters=60', '--works=no sinks', '--grad_clip=0', plots=True)
     assert status == 0 and '| no sinks |' in out, err
     row, = json.loads((tmp_path / 'learn.json').read_text())['rows']
     assert row['val_loss'] < 2 and 0 < row['spread'] < 1 and 1 <= row['busiest'] < 8

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -103,7 +104,14 @@ rank, world, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('W
 check(distributed or not settings['fsdp'], '--fsdp=True spreads the model over processes: start it with '
                                            'torchrun --nproc_per_node=N train.py ...')
 if distributed:
-    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    try:
+        store, *_ = next(dist.rendezvous('env://'))
+        # a place of its own for every start, or processes would look for those that died
+        dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', rank=rank,
+                                world_size=world, store=dist.PrefixStore(f'start {restarts}', store))
+    except (ValueError, RuntimeError) as error:
+        config.fail(f'RANK is {rank}, as if torchrun had started this, but its other processes cannot be had: {error}')
 
 
 def summed(tensor):
@@ -169,7 +177,7 @@ if rank == 0 and out.is_dir():
         config.fail(f'cannot write to {out}: {error}')
 wait_for_all()
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
-if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and checkpoints:  # torchrun --max-restarts: go on
+if distributed and restarts and checkpoints:  # torchrun --max-restarts: go on
     settings['init_from'] = 'resume'
 check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')
 if settings['init_from'] == 'resume':  # with the run's own settings, but for what is asked for now
@@ -229,7 +237,7 @@ check(not (fsdp and experts), 'experts at four bits a value cannot be spread ove
 # --- data and model -------------------------------------------------------------------------------------------------
 
 data = Path(data_dir)
-if not (data / 'meta.json').exists():
+if not os.path.exists(data / 'meta.json'):
     check(data_dir == 'data/builtin', f'{data / "meta.json"} is missing; make the data first: '
                                       f'python prepare.py --data_dir={data_dir} --dataset=... (--help tells more)')
     if rank == 0:
@@ -529,11 +537,14 @@ def write_checkpoint(name):
         new.mkdir()
     wait_for_all()
     if fsdp:  # every process writes its own shards
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
         tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
         tensors |= moments() if name == 'last' else {}
         files = {key: 1 + i // 200 for i, key in enumerate(tensors)}  # several each, for one at a time is in memory twice
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(new), files, save_distributed=True))
+        try:
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(new), files, save_distributed=True))
+        except CheckpointException as error:
+            raise OSError(f'process {rank} or another cannot write its part: {list(error.failures.values())[0][0]}') from error
     elif rank == 0 and name == 'last':
         save_file(moments(), new / 'optimizer.safetensors')
     if rank == 0:
@@ -673,6 +684,7 @@ if fsdp and use_compile:
         layer.compile()
 run = torch.compile(model) if use_compile and not fsdp else model
 if distributed and not fsdp:
+    warnings.filterwarnings('ignore', '.*broadcast_buffers')  # which newer releases of torch call otherwise
     run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False, gradient_as_bucket_view=True)
 flops, peak = model.flops_per_token(block_size), peak_flops(device, dtype)
 if rank == 0:
@@ -779,6 +791,8 @@ try:
 except (OSError, SafetensorError) as error:
     config.fail(f'cannot write to {out_dir}: {error}')
 except (torch.OutOfMemoryError, RuntimeError) as error:
+    if distributed and ('gloo' in str(error) or isinstance(error, dist.DistBackendError)):
+        config.fail(f'another process of this run has ended; its message stands above or below ({str(error)[:100]})')
     if not isinstance(error, torch.OutOfMemoryError) and 'memory' not in str(error):
         raise
     config.fail(f'{device} has too little memory; try a smaller --batch_size with more --gradient_accumulation_steps')
