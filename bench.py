@@ -145,7 +145,8 @@ def count_parameters(config):
 
 
 def training_memory(config, batch_size, block_size, bytes_per_value, muon, one_kernel, gpus=1, fsdp=False):
-    """Bytes that training takes on each of so many devices: {parameters, gradients, optimizer, activations, communication}.
+    """Bytes that training takes on each of so many devices: {parameters, gradients, optimizer, activations,
+    communication}.
 
     Activations are what model.py's autograd keeps, uncompiled, at 2 or 4 bytes a value; one_kernel: experts by
     grouped_mm, not by the loop. Weights, gradients and moments are in fp32; DDP has all of them on every device.
@@ -177,8 +178,8 @@ def scale_rows(config, peak):
             memory = training_memory(config, batch_size, block_size, 2, bool(muon_lr), True, gpus, way == 'FSDP2')
             need = sum(memory.values()) / 1e9
             compute = gradient_accumulation_steps * tokens * flops / (peak * assumed_mfu)
-            # Experts travel in bf16, the rest and all gradients in fp32. DDP sends and receives each gradient twice, once
-            # a step; FSDP2 each weight for the forward and the backward of every batch, and each gradient once.
+            # Experts travel in bf16, the rest and all gradients in fp32. DDP sends and receives each gradient twice,
+            # once a step; FSDP2 each weight for forward and backward of every batch, and each gradient once.
             weights = 4 * total - 2 * config.num_hidden_layers * experts
             sent = 8 * total if way == 'DDP' else 2 * gradient_accumulation_steps * weights + 4 * total
             seconds = sent * (1 - 1 / gpus) / (1e9 * (nvlink if gpus <= 8 else network))
@@ -511,7 +512,7 @@ def in_fresh_process(job):
     work = works.get(job['part'], measure)
     fresh = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
     context = multiprocessing.get_context(fresh)
-    context.set_forkserver_preload(['torch._dynamo', 'model'])  # imported once, by the process that all others are copies of
+    context.set_forkserver_preload(['torch._dynamo', 'model'])  # once, in the process that all others are copies of
     try:
         with ProcessPoolExecutor(1, context, keep_freed_memory) as pool:
             return pool.submit(work, job).result()
@@ -644,8 +645,8 @@ def main():
         except ValueError as error:
             config.fail(error)
         print(f'on paper: {gpu}, {gpu_memory:g} GB, {assumed_mfu:.0%} of {peak / 1e12:.0f} TFLOP/s; {nvlink:g} GB/s '
-              f' within a node, {network:g} between; {gradient_accumulation_steps} x {batch_size} x {block_size} tokens '
-              'a GPU and step; memory in GB\n')
+              f'within a node, {network:g} between; {gradient_accumulation_steps} x {batch_size} x {block_size} '
+              'tokens a GPU and step; memory in GB\n')
         return print_table(rows)
     if learn:
         rows = learning_rows(common)

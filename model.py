@@ -76,10 +76,10 @@ class GPTConfig:
                 raise ValueError(f'{field.name} is {value!r}; it must be {wanted}'[:200])
         if self.layer_types is None:
             self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
-        kinds = self.layer_types
-        if not isinstance(kinds, list) or (unknown := [kind for kind in kinds if kind not in (SLIDING, FULL)]):
-            raise ValueError(f'layer_types is {kinds!r:.60}; it must be a list of {SLIDING} and {FULL}' if
-                             not isinstance(kinds, list) else f'layer_types holds {unknown!r:.60}; it takes {SLIDING} and {FULL}')
+        if not isinstance(self.layer_types, list):
+            raise ValueError(f'layer_types is {self.layer_types!r:.60}; it must be a list')
+        if unknown := [kind for kind in self.layer_types if kind not in (SLIDING, FULL)]:
+            raise ValueError(f'layer_types holds {unknown!r:.60}; it takes {SLIDING} and {FULL}')
         for wrong, message in (
                 (self.num_attention_heads % self.num_key_value_heads,
                  'num_attention_heads ({num_attention_heads}) must be a multiple of '
@@ -960,8 +960,8 @@ class GPT(nn.Module):
         except ValueError as error:
             raise ValueError(f'{folder / "adapter.json"}: {error}') from error
         places = {name: p for name, p in model.named_parameters() if 'lora.' in name}
-        wrong = [name for name in {*places, *stored.parts}
-                 if name not in places or name not in stored.parts or places[name].shape != stored.get(name, True).shape]
+        wrong = [name for name in {*places, *stored.parts} if name not in places or name not in stored.parts
+                 or places[name].shape != stored.get(name, shape_only=True).shape]
         if wrong:
             raise ValueError(f'{folder} does not fit {base}: {", ".join(sorted(wrong)[:10])}')
         for name, p in places.items():
@@ -1006,8 +1006,8 @@ class GPT(nn.Module):
             p.data = p.data.to(dtype)
         need = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         if torch.device(device).type == 'cpu' and need > (there := memory_here()):  # or the system ends the process
-            raise ValueError(f'{folder} takes {need / 1e9:,.0f} GB of memory in {dtype}, and here are {there / 1e9:,.0f}; '
-                             "experts='mxfp4' takes least")
+            raise ValueError(f'{folder} takes {need / 1e9:,.0f} GB of memory in {dtype}, and here are '
+                             f"{there / 1e9:,.0f}; experts='mxfp4' takes least")
         model.to_empty(device=device)
         for layer in model.model.layers:  # counters, which no checkpoint has
             layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
@@ -1073,8 +1073,8 @@ class GPT(nn.Module):
         self.save_config(folder, dtype, experts)
 
     def save_config(self, folder, dtype=torch.float32, experts=None):
-        """Write what there is beside the tensors: adapter.json, or config.json and generation_config.json for weights of
-        this dtype."""
+        """Write what there is beside the tensors: adapter.json, or, for weights of this dtype, config.json and
+        generation_config.json."""
         if self.lora:
             base = self.source['base']
             known = self.source | self.lora | dict(base=str(Path(base).resolve() if Path(base).exists() else base))
@@ -1319,7 +1319,7 @@ def find_checkpoint(path):
 
 
 def read_json(path):
-    """The object in a JSON file, a dict. Raises ValueError, also for files larger than 64 MB, which are none of ours."""
+    """The object in a JSON file, a dict. Raises ValueError, for files larger than 64 MB too, which are none of ours."""
     try:
         if os.stat(path).st_size > 2 ** 26:
             raise ValueError('it is larger than 64 MB')
@@ -1383,7 +1383,7 @@ RENAMES = (('unembedding.', 'lm_head.'), ('embedding.', 'model.embed_tokens.'), 
 
 
 class Stored:
-    """The tensors of safetensors files: parts {name: [(first row, path)]}, for ranks of FSDP each write some rows of one.
+    """The tensors of safetensors files: parts {name: [(first row, path)]}, for FSDP's ranks write some rows each.
 
     Headers are checked by the safetensors package: their length, and that the tensors fill the file. A file is opened
     anew for each tensor, for what was read from it stays in memory as long as it is open. Raises ValueError.
@@ -1419,7 +1419,8 @@ class Stored:
         for first, path in self.parts[name]:
             with self.opened(path) as file:
                 kind = file.get_slice(name).get_dtype()
-                if kind not in ('F32', 'F16', 'BF16', 'F64') and not (kind == 'U8' and name.endswith(('scales', 'blocks'))):
+                packed = kind == 'U8' and name.endswith(('scales', 'blocks'))
+                if kind not in ('F64', 'F32', 'F16', 'BF16') and not packed:
                     raise ValueError(f'{name} holds {kind}, which is no weight')
                 shape = file.get_slice(name).get_shape()
                 parts.append(torch.empty(shape, device='meta') if shape_only else file.get_tensor(name))
@@ -1436,12 +1437,13 @@ def read_tensors(folder, config, shapes_only=False):
     down_proj is square in gpt-oss, so only the name and the format tell, never the shape. What FSDP's ranks wrote in
     parts, shard-*, is as we keep it.
     """
-    paths, index = [*folder.glob('model*.safetensors'), *folder.glob('shard-*.safetensors')], 'model.safetensors.index.json'
-    if (folder / index).is_file():
+    paths = [path for kind in ('model*', 'shard-*') for path in folder.glob(f'{kind}.safetensors')]
+    index = folder / 'model.safetensors.index.json'
+    if index.is_file():
         try:
-            paths = [folder / Path(name).name for name in set(read_json(folder / index)['weight_map'].values())]
+            paths = [folder / Path(name).name for name in set(read_json(index)['weight_map'].values())]
         except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f'{folder / index} is no index of tensors ({type(error).__name__}: {error})') from error
+            raise ValueError(f'{index} is no index of tensors ({type(error).__name__}: {error})') from error
     stored = Stored(paths, folder)
     for theirs in stored.parts:
         if theirs.endswith('scales') and theirs.removesuffix('scales') + 'blocks' in stored.parts:

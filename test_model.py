@@ -994,7 +994,7 @@ def test_impossible_requests(arguments, message):
 # --- the scripts --------------------------------------------------------------------------------------------------
 
 def run(script, *arguments, cwd=None, plots=False):
-    """Run a script in this process -> (exit status, its output, its errors). Plots would take longer than all the rest."""
+    """Run a script in this process -> (exit status, its output, its errors). Plots take long, so ask for them."""
     out, err, status, matplotlib = io.StringIO(), io.StringIO(), 0, sys.modules.get('matplotlib')
     if not plots:
         sys.modules['matplotlib'] = None
@@ -1633,8 +1633,8 @@ def child(script, arguments, log, environment, trap):
 
 
 def set_trap(where=None, number=1, sent=signal.SIGTERM):
-    """Have this process get a signal the number-th time that it is there: in a step, an evaluation, a save, or at one of
-    the moments ('file') at which what is on the disk changes. Or let no file grow beyond some bytes ('full')."""
+    """Have this process get a signal the number-th time that it is there: in a step, an evaluation, a save, or where what
+    is on the disk changes ('file'). Or let no file grow beyond so many bytes ('full')."""
     import safetensors.torch
     if where == 'full':
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
@@ -1708,7 +1708,8 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize('where, number, stopped_at', [
-    ('step', 9, 9), ('evaluation', 1, None), ('evaluation', 2, 6), ('evaluation', 5, 24), ('save', 1, 6), ('save', 3, 7)])
+    ('step', 9, 9), ('evaluation', 1, None), ('evaluation', 2, 6), ('evaluation', 5, 24), ('save', 1, 6),
+    ('save', 3, 7)])
 def test_sigterm(where, number, stopped_at, undisturbed, tmp_path):
     """SIGTERM, wherever it comes, ends a run with one checkpoint; resumed it goes on as if nothing had been."""
     data, out, log = undisturbed[0], tmp_path / 'out', tmp_path / 'log'
@@ -1811,7 +1812,8 @@ def test_full_disk_and_locked_folder(undisturbed, tmp_path):
     arguments = [f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT]
     ended(start(log, 'train.py', *arguments, trap=('step', 9)), log)
     for size in (1000, 20000):  # of the first file that is too large
-        status, printed = ended(start(log, 'train.py', f'--out_dir={out}', '--init_from=resume', trap=('full', size)), log)
+        resumed = start(log, 'train.py', f'--out_dir={out}', '--init_from=resume', trap=('full', size))
+        status, printed = ended(resumed, log)
         assert status == 2 and 'Traceback' not in printed and f'cannot write to {out}' in printed, printed
         assert json.loads((out / 'last/state.json').read_text())['step'] == 9
     with FileLock(out / '.lock'):
@@ -1821,7 +1823,7 @@ def test_full_disk_and_locked_folder(undisturbed, tmp_path):
     ended(start(log, 'train.py', *arguments, '--init_from=resume'), log)
     assert_same_run(out, undisturbed[1])
     (tmp_path / 'file').write_text('')
-    refused(run('train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={tmp_path}/file/out', *SHORT), 'cannot write to')
+    refused(run('train.py', arguments[0], f'--out_dir={tmp_path}/file/out', *SHORT), 'cannot write to')
     status, printed = ended(start(log, 'prepare.py', '--dataset=builtin', '--tokenizer=byte', '--megabytes=0.1',
                                   f'--data_dir={tmp_path}/data', trap=('full', 50000)), log)
     assert status == 2 and 'Traceback' not in printed and os.listdir(tmp_path / 'data') == [], printed
@@ -1832,7 +1834,8 @@ def test_vanished_data(tmp_path):
     data = make_data(tmp_path)
     for change in (Path.unlink, lambda path: os.truncate(path, 100)):
         out, log = tmp_path / 'out', tmp_path / 'log'
-        process = start(log, 'train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT, '--max_iters=100000', '--overwrite')
+        process = start(log, 'train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT, '--max_iters=100000',
+                        '--overwrite')
         while not (out / 'last').exists():
             assert process.is_alive(), log.read_text()
             time.sleep(0.01)
@@ -1953,8 +1956,9 @@ def fuzz(work, seed, number, folder, log):
     bench.peak_flops = lambda *_: None  # it takes longer than all the rest
     torch.set_num_threads(1)
     sys.modules['matplotlib'] = None
-    used = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize() if sys.platform == 'linux' else 0
-    resource.setrlimit(resource.RLIMIT_DATA, (used + 2 ** 31, used + 2 ** 31))
+    if sys.platform == 'linux':
+        used = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 2 ** 31, used + 2 ** 31))
 
     def enough(*_):
         raise Enough
@@ -2004,8 +2008,8 @@ def mutated(rng, content):
 
 def mutated_json(rng, value):
     """An object with one value of it, at any depth, replaced, taken out or put in twice."""
-    wild = [None, True, -1, 0, 1, 3, 10 ** 9, 2 ** 63, 10 ** 40, 1e308, math.inf, math.nan, 0.5, '', 'x', 'F64', 'I64', [],
-            {}, [[]], [1, 2], {'a': 1}, '../../etc/passwd', 'x' * 10000, list(range(1000))]
+    wild = [None, True, -1, 0, 1, 3, 10 ** 9, 2 ** 63, 10 ** 40, 1e308, math.inf, math.nan, 0.5, '', 'x', 'F64', 'I64',
+            [], {}, [[]], [1, 2], {'a': 1}, '../../etc/passwd', 'x' * 10000, list(range(1000))]
     if not isinstance(value, dict | list) or not value or rng.random() < 0.2:
         return rng.choice(wild)
     value = copy.copy(value)
@@ -2037,7 +2041,8 @@ def mutate_safetensors(rng, path):
     if how < 0.2:
         path.write_bytes(content[:rng.randrange(len(content))])
     elif how < 0.3:
-        path.write_bytes(rng.choice([0, 1, size - 1, size + 1, 2 ** 31, 2 ** 63, 2 ** 64 - 1]).to_bytes(8, 'little') + content[8:])
+        other = rng.choice([0, 1, size - 1, size + 1, 2 ** 31, 2 ** 63, 2 ** 64 - 1])
+        path.write_bytes(other.to_bytes(8, 'little') + content[8:])
     elif how < 0.5:
         path.write_bytes(content[:8] + mutated(rng, content[8:8 + size]) + content[8 + size:])
     else:
@@ -2101,9 +2106,10 @@ def random_command(rng, folder):
     known = config.declared(ROOT / script)
     if script == 'train.py':
         known = known | config.declared(ROOT / 'model.py', 'GPTConfig')
-    wild = dict(int=['0', '1', '2', '3', '5', '64', '-1', '1e3', '1.5', '10' * 20, 'x', '', 'None', 'nan', '2**9', '[1]'],
+    wild = dict(int=['0', '1', '2', '3', '5', '64', '-1', '1e3', '1.5', '10' * 20, 'x', '', 'None', 'nan', '2**9'],
                 float=['0', '1', '0.5', '-1', '1e-3', 'inf', 'nan', '1e400', 'x', '', 'None', '1e30', '3'],
-                bool=['True', 'False', '1', 'x', '', 'None'], str=['', 'x', 'resume', '/', 'None', 'a=b', '\x00', 'ä' * 300, '..'])
+                bool=['True', 'False', '1', 'x', '', 'None'],
+                str=['', 'x', 'resume', '/', 'None', 'a=b', '\x00', 'ä' * 300, '..'])
     base = {'train.py': ['--data_dir=run/data', *TINY, '--max_iters=2', '--out_dir=random', '--overwrite'],
             'prepare.py': ['--dataset=text.txt', '--tokenizer=char', '--data_dir=prepared'],
             'sample.py': ['--out_dir=run/out', '--max_new_tokens=3', '--device=cpu', '--start=the'],
@@ -2112,21 +2118,23 @@ def random_command(rng, folder):
     given = []
     for key in rng.sample(sorted(known), rng.choice([1, 1, 2, 3])):
         kind = known[key][0].partition(' ')[0]
-        given.append((key, rng.choice(wild.get(kind, ['x', 'sliding_attention,full_attention', '']) + [repr(known[key][1])])))
+        values = wild.get(kind, ['x', 'sliding_attention,full_attention', ''])
+        given.append((key, rng.choice([*values, repr(known[key][1])])))
     given = [(key, value) for key, value in given if key not in ('device', 'learn', 'compare', 'profile', 'checkpoint')]
     flags = [f'--{key}={value}' for key, value in given]
     if rng.random() < 0.1:
-        flags += [rng.choice(['--', '-x', '--=', '=', '--overwrite', '--max_iters', 'config/none.py', '--LR=1', 'ä', '.'])]
+        flags += [rng.choice(['--', '-x', '--=', '=', '--overwrite', '--max_iters', 'config/none.py', '--LR=1', '.'])]
     if rng.random() < 0.3:
         lines = [f'{key} = {value if rng.random() < 0.5 else repr(value)}' for key, value in given]
-        (folder / 'fuzzed.py').write_text('\n'.join(lines + [rng.choice(['', 'x = 1', '(', 'import nothing', '1 / 0'])]))
+        lines.append(rng.choice(['', 'x = 1', '(', 'import nothing', '1 / 0']))
+        (folder / 'fuzzed.py').write_text('\n'.join(lines))
         flags = ['fuzzed.py']
     try:
         result = run(script, *base, *flags, cwd=folder)
     except Enough:
         return
     except BaseException as error:
-        raise AssertionError(f'{script} {flags} {(folder / "fuzzed.py").read_text() if flags == ["fuzzed.py"] else ""}') from error
+        raise AssertionError(f'{script} {flags} {given}') from error
     assert 'Traceback' not in result[2], (script, flags, result)
     assert result[0] in (0, 2), (script, flags, result)
     if result[0]:

@@ -7,8 +7,9 @@ Train a GPT-OSS. With no arguments it makes up a corpus of small stories and lea
     python train.py --init_from=openai/gpt-oss-20b --data_dir=data/chats --lora_rank=8 --out_dir=out-chats
     torchrun --nproc_per_node=8 train.py config/gpt_oss_500m.py
 
-Under torchrun the processes share every step's batch, so the numbers are those of one process. With --fsdp=True they
-share the model too: its weights, gradients and moments. Every setting below is a flag, and so is every field of model.py's GPTConfig; --help lists them all.
+Under torchrun the processes share every step's batches, so the numbers are those of one process; with --fsdp=True they
+share weights, gradients and moments too. Every setting below is a flag, and so is every field of model.py's GPTConfig;
+--help lists them all.
 """
 
 import config  # first, for it makes Ctrl-C quiet
@@ -86,7 +87,7 @@ wandb_run_name = ''  # its name for the run; empty: out_dir
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: the first that the device is fast in
 compile: bool | None = None  # torch.compile; None: on cuda only
-fsdp = False  # under torchrun: spread weights, gradients and moments over the processes (FSDP2), for what one cannot hold
+fsdp = False  # under torchrun: spread weights, gradients and moments over the processes, for what one cannot hold
 seed = 1337  # of the weights, the batches and dropout
 # -----------------------------------------------------------------------------
 settings, given = config.read(__file__, model=True)
@@ -129,7 +130,7 @@ def wait_for_all():
 # --- the run that may be in out_dir ---------------------------------------------------------------------------------
 
 def checksums(folder):
-    """SHA256SUMS for the files in a folder, as sha256sum writes it. The files are on the disk when this returns, and not
+    """SHA256SUMS for the files in a folder, as sha256sum writes it. When this returns they are on the disk, and not
     only on their way there. The processes share the work."""
     lines = []
     for file in sorted(file for file in folder.iterdir() if file.name != 'SHA256SUMS')[rank::world]:
@@ -229,8 +230,8 @@ check(init_from == 'resume' or overwrite or not find_run(), holds_run)
 # A step has gradient_accumulation_steps batches. Groups of processes take them in turn, and the `sharing` processes of
 # a group divide each of theirs among them.
 sharing = world // math.gcd(world, gradient_accumulation_steps)
-check(batch_size % sharing == 0, f'{sharing} processes would share a batch of {batch_size} sequences; take a multiple as '
-                                 f'--batch_size, or --gradient_accumulation_steps that {world} divides')
+check(batch_size % sharing == 0, f'{sharing} processes cannot share a batch of {batch_size} sequences evenly; take a '
+                                 f'multiple as --batch_size, or of {world} as --gradient_accumulation_steps')
 check(not (fsdp and experts), 'experts at four bits a value cannot be spread over processes: leave out --fsdp')
 
 
@@ -267,10 +268,10 @@ in_shards = fsdp and init_from == 'resume' and any(source.glob('shard-*'))  # of
 place = 'meta' if fsdp and (rank or in_shards) else None  # of the weights of a model that is spread; the first has all
 try:
     if init_from == 'scratch':
-        need = training_memory(GPTConfig(**shape), batch_size // sharing, block_size, 4, bool(muon_lr), False, world, fsdp)
-        check(device_type != 'cpu' or sum(need.values()) < 1.2 * memory_here(), 'training this takes about {:,.0f} GB of '
-              'memory, and here are {:,.0f}; take a smaller model or --batch_size'.format(
-                  sum(need.values()) / 1e9, memory_here() / 1e9))
+        need = sum(training_memory(GPTConfig(**shape), batch_size // sharing, block_size, 4, bool(muon_lr), False,
+                                   world, fsdp).values())
+        check(device_type != 'cpu' or need < 1.2 * memory_here(), f'training this takes about {need / 1e9:,.0f} GB, '
+              f'and here are {memory_here() / 1e9:,.0f}; take a smaller model or --batch_size')
         with torch.device(place or 'cpu'):
             model, trained_on = GPT(GPTConfig(**shape)), block_size
     else:
@@ -507,7 +508,7 @@ def expert_report():
     load, entropy = (counted.cpu().double() for counted in counted_experts())
     for layer in model.model.layers:
         layer.mlp.load.zero_(), layer.mlp.entropy.zero_()
-    total, (experts, chosen) = load.sum(1).clamp(min=1), (model.config.num_local_experts, model.config.num_experts_per_tok)
+    experts, chosen, total = load.size(1), model.config.num_experts_per_tok, load.sum(1).clamp(min=1)
     share, entropy = load / total[:, None], entropy / (total / chosen) / math.log(max(experts, 2))
     return dict(expert_load_max=share.amax(1).tolist(), expert_load_min=share.amin(1).tolist(),
                 dead_experts=(load == 0).sum(1).tolist(), router_entropy=entropy.tolist())
@@ -540,11 +541,11 @@ def write_checkpoint(name):
         from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
         tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
         tensors |= moments() if name == 'last' else {}
-        files = {key: 1 + i // 200 for i, key in enumerate(tensors)}  # several each, for one at a time is in memory twice
+        files = {key: 1 + i // 200 for i, key in enumerate(tensors)}  # several, for each is in memory once more
         try:
             save(tensors, storage_writer=HuggingFaceStorageWriter(str(new), files, save_distributed=True))
         except CheckpointException as error:
-            raise OSError(f'process {rank} or another cannot write its part: {list(error.failures.values())[0][0]}') from error
+            raise OSError(f'the processes\' shards: {list(error.failures.values())[0][0]}') from error
     elif rank == 0 and name == 'last':
         save_file(moments(), new / 'optimizer.safetensors')
     if rank == 0:
@@ -702,7 +703,7 @@ try:
         if stopping:
             break
         if due and not evaluated:
-            if (val_loss := evaluate()) is None:  # asked to stop; what is in `last` will be evaluated when it is resumed
+            if (val_loss := evaluate()) is None:  # asked to stop; a resumed run evaluates anew
                 if step == max_iters:
                     write_checkpoint('last')
                 break
