@@ -1829,6 +1829,38 @@ def test_full_disk_and_locked_folder(undisturbed, tmp_path):
     assert status == 2 and 'Traceback' not in printed and os.listdir(tmp_path / 'data') == [], printed
 
 
+@long
+def test_long_full_disk(undisturbed, tmp_path):
+    """A disk that fills up, or can only be read, and then has room again: one clear line each time, and nothing lost."""
+    disk, log = tmp_path / 'disk', tmp_path / 'log'
+    disk.mkdir()
+    mount = lambda *options: subprocess.run(['mount', *options, disk], capture_output=True, text=True)
+    if mount('-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs').returncode:
+        pytest.skip('needs the right to mount a tmpfs')
+    try:
+        arguments = [f'--data_dir={undisturbed[0]}', f'--out_dir={disk}/out', *SHORT]
+        status, printed = ended(start(log, 'train.py', *arguments), log)
+        assert status == 2 and 'Traceback' not in printed and 'cannot write to' in printed, printed
+        assert (disk / 'out/last').exists() and not (disk / 'out/last.new').exists()
+        mount('-o', 'remount,ro')
+        for more in ('--init_from=resume', '--overwrite'):
+            status, printed = ended(start(log, 'train.py', *arguments, more), log)
+            assert status == 2 and 'Traceback' not in printed and 'cannot write to' in printed, printed
+        for script, where in (('prepare.py', '--data_dir'), ('sample.py', '--export')):
+            more = dict(prepare=['--dataset=builtin', '--tokenizer=byte', '--megabytes=4'],
+                        sample=[f'--out_dir={undisturbed[1]}'])[script[:-3]]
+            for remounted in ('ro', 'rw,size=100k'):
+                mount('-o', f'remount,{remounted}')
+                status, printed = ended(start(log, script, *more, f'{where}={disk}/new'), log)
+                assert status == 2 and 'Traceback' not in printed, printed
+        mount('-o', 'remount,rw,size=50m')
+        status, printed = ended(start(log, 'train.py', *arguments, '--init_from=resume'), log)
+        assert status == 0, printed
+        assert_same_run(disk / 'out', undisturbed[1])
+    finally:
+        subprocess.run(['umount', disk])
+
+
 def test_vanished_data(tmp_path):
     """Data that is cut short or gone while a run goes on ends it with a line, its checkpoint whole."""
     data = make_data(tmp_path)

@@ -790,6 +790,8 @@ try:
                         f'were skipped; {out / "last"} holds the weights from before. Try a lower --learning_rate')
         progress.update()
 except (OSError, SafetensorError) as error:
+    for name in ('last.new', 'best.new'):  # may be what fills the disk
+        shutil.rmtree(out / name, ignore_errors=True)
     config.fail(f'cannot write to {out_dir}: {error}')
 except (torch.OutOfMemoryError, RuntimeError) as error:
     if distributed and ('gloo' in str(error) or isinstance(error, dist.DistBackendError)):
