@@ -637,9 +637,9 @@ def main():
         shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
         if not (peak := next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)):
             config.fail(f'gpu is {gpu!r}; there are {", ".join(PEAK_FLOPS)}')
-        for key in 'assumed_mfu nvlink network gradient_accumulation_steps'.split():
-            if globals()[key] <= 0:
-                config.fail(f'{key} is {globals()[key]}; it must be above 0')
+        for key in 'assumed_mfu gpu_memory nvlink network gradient_accumulation_steps batch_size block_size'.split():
+            if not 0 < globals()[key] <= (most := 1 if key == 'assumed_mfu' else 1e9):
+                config.fail(f'{key} is {globals()[key]}; it must be above 0 and at most {most:g}')
         try:
             rows = scale_rows(GPTConfig(**shape | dict(vocab_size=shape['vocab_size'] or 1024)), peak)
         except ValueError as error:

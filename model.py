@@ -945,7 +945,8 @@ class GPT(nn.Module):
         try:
             base, rank, alpha = Path(raw['base']), int(raw['lora_rank']), float(raw['lora_alpha'])
             overrides = dict(raw['overrides']) | overrides
-            replace(GPTConfig(), **raw['overrides'])
+            if strange := overrides.keys() - GPTConfig.__dataclass_fields__.keys():
+                raise ValueError(f'overrides has {sorted(strange)[:3]}')
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f'{folder / "adapter.json"} is damaged ({type(error).__name__}: {error})') from error
         try:
@@ -1397,8 +1398,10 @@ class Stored:
                 for name in file.keys():
                     if '/' in name:
                         continue  # an optimizer's
-                    first = rows[name]['saved_offsets'] if name in rows else []
-                    self.parts.setdefault(name, []).append((first[0] if first else 0, path))
+                    first, *_ = (rows[name]['saved_offsets'] if name in rows else None) or [0]
+                    if type(first) is not int:
+                        raise ValueError(f'{name} begins at {first!r:.40}')
+                    self.parts.setdefault(name, []).append((first, path))
         if not self.parts:
             raise ValueError(f'{folder} has no model*.safetensors, or no tensors in them')
         for name, parts in self.parts.items():

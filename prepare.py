@@ -573,7 +573,18 @@ def main():
     dtype = np.dtype(np.uint16 if encoder.max_token_value < 2 ** 16 else np.uint32)
     meta = dict(dataset=dataset, tokenizer=encoder.name, vocab_size=encoder.max_token_value + 1,
                 eot_token=encoder.eot_token, dtype=dtype.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_data(folder, pieces, encoder, dtype, chats, meta, counts)
+    except OSError as error:
+        config.fail(f'{folder} cannot be written: {error}')
+    tokens, size = (sum(meta[f'{split}_{what}'] for split in ('train', 'val')) for what in ('tokens', 'bytes'))
+    print(f'{folder}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens of '
+          f'{meta["vocab_size"]:,} ({dtype}), {size / tokens:.2f} bytes a token')
+
+
+def write_data(folder, pieces, encoder, dtype, chats, meta, counts):
+    """Write the files of a data folder, whole or not at all, and what is known then into meta."""
     with tempfile.TemporaryDirectory(dir=folder) as partial:
         partial = Path(partial)
         meta |= write_bins(pieces, encoder, dtype, partial, chats)
@@ -600,9 +611,6 @@ def main():
             if (partial / file).exists():
                 (partial / file).replace(folder / file)
         config.sync(folder)
-    tokens, size = (sum(meta[f'{split}_{what}'] for split in ('train', 'val')) for what in ('tokens', 'bytes'))
-    print(f'{folder}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens of '
-          f'{meta["vocab_size"]:,} ({dtype}), {size / tokens:.2f} bytes a token')
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of PyTorch's that wait leave the cores to others
 import torch
+from safetensors import SafetensorError
 
 from bench import pick_device
 from model import GPT, find_checkpoint, read_json
@@ -131,12 +132,7 @@ def main():
     if experts not in ('', 'mxfp4'):
         config.fail(f'experts is {experts!r}; it is mxfp4, or empty')
     if export:
-        try:
-            Path(export).mkdir(parents=True, exist_ok=True)
-            there = any(Path(export).iterdir())
-        except OSError as error:
-            config.fail(f'--export={export} cannot be made a folder: {error}')
-        if there:
+        if os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
             config.fail(f'{export} is there already; --export wants a new folder')
     where, kind = pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     torch.manual_seed(seed)
@@ -152,9 +148,10 @@ def main():
                     shutil.copy(source, new)
             config.sync(*new.iterdir(), new)
             new.replace(export)
-        except BaseException:
+        except (OSError, SafetensorError) as error:
+            config.fail(f'cannot write to {export}: {error}')
+        finally:
             shutil.rmtree(new, ignore_errors=True)
-            raise
         return print(f'{export}: {model.num_parameters():,} parameters, {kind}{", experts mxfp4" if experts else ""}')
     options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
     ends = set(stop_tokens(encoder))

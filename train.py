@@ -101,11 +101,16 @@ def check(good, message):
 
 # --- processes: this one, or all that torchrun started --------------------------------------------------------------
 
-rank, world, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
+distributed, rank, world, restarts = 'RANK' in os.environ, 0, 1, 0
+if distributed:
+    try:
+        rank, world, restarts = (int(os.environ.get(key, 0)) for key in ('RANK', 'WORLD_SIZE', 'TORCHELASTIC_RESTART_COUNT'))
+    except ValueError as error:
+        config.fail(f'RANK, WORLD_SIZE or TORCHELASTIC_RESTART_COUNT is no number, {error}; torchrun sets them')
+    check(0 <= rank < world, f'RANK is {rank} and WORLD_SIZE {world}; start this with torchrun, which sets them, or unset RANK')
 check(distributed or not settings['fsdp'], '--fsdp=True spreads the model over processes: start it with '
                                            'torchrun --nproc_per_node=N train.py ...')
 if distributed:
-    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
     try:
         store, *_ = next(dist.rendezvous('env://'))
         # a place of its own for every start, or processes would look for those that died
@@ -115,16 +120,23 @@ if distributed:
         config.fail(f'RANK is {rank}, as if torchrun had started this, but its other processes cannot be had: {error}')
 
 
+def left_alone(error):
+    config.fail(f'another process of this run has ended; its message stands above or below ({str(error)[:100]})')
+
+
+def together(collective, *arguments):
+    """Do what all processes must do, if there are others."""
+    try:
+        if distributed:
+            collective(*arguments)
+    except RuntimeError as error:
+        left_alone(error)
+
+
 def summed(tensor):
     """The sum of all processes' tensors, in place."""
-    if distributed:
-        dist.all_reduce(tensor)
+    together(dist.all_reduce, tensor)
     return tensor
-
-
-def wait_for_all():
-    if distributed:
-        dist.barrier()
 
 
 # --- the run that may be in out_dir ---------------------------------------------------------------------------------
@@ -135,22 +147,23 @@ def checksums(folder):
     lines = []
     for file in sorted(file for file in folder.iterdir() if file.name != 'SHA256SUMS')[rank::world]:
         digest = hashlib.sha256()
-        with open(file, 'rb') as content:
-            for chunk in iter(lambda: content.read(2 ** 20), b''):
-                digest.update(chunk)
-            os.fsync(content.fileno())
-        lines.append(f'{digest.hexdigest()}  {file.name}\n')
-    if distributed:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, lines)
-        lines = sum(everyone, [])
-    return ''.join(sorted(lines))
+        try:
+            with open(file, 'rb') as content:
+                for chunk in iter(lambda: content.read(2 ** 20), b''):
+                    digest.update(chunk)
+                os.fsync(content.fileno())
+            lines.append(f'{digest.hexdigest()}  {file.name}\n')
+        except OSError as error:  # of which all processes are to know
+            lines.append(f'unreadable: {error.strerror}  {file.name}\n')
+    everyone = [lines] * world
+    together(dist.all_gather_object, everyone, lines)
+    return ''.join(sorted(sum(everyone, []) if distributed else lines))
 
 
 def read_state(folder):
     """state.json of a checkpoint. Raises ValueError if anything in the folder is not as it was written."""
     try:
-        written, found = (folder / 'SHA256SUMS').read_text(), checksums(folder)
+        found, written = checksums(folder), (folder / 'SHA256SUMS').read_text()
     except (OSError, ValueError) as error:
         raise ValueError(f'{type(error).__name__}: {error}') from error
     if written != found:
@@ -169,6 +182,9 @@ def lock_out_dir():
         lock.acquire(timeout=0)
     except Timeout:
         config.fail(f'another run is writing to {out}; give this one an --out_dir of its own')
+    for name in ('last', 'last.old', 'best'):
+        check((out / name).is_dir() and not (out / name).is_symlink() or not os.path.lexists(out / name),
+              f'{out / name} is no folder of a run; move it away')
 
 
 if rank == 0 and out.is_dir():
@@ -176,7 +192,7 @@ if rank == 0 and out.is_dir():
         lock_out_dir()
     except OSError as error:
         config.fail(f'cannot write to {out}: {error}')
-wait_for_all()
+together(dist.barrier)
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
 if distributed and restarts and checkpoints:  # torchrun --max-restarts: go on
     settings['init_from'] = 'resume'
@@ -246,7 +262,7 @@ if not os.path.exists(data / 'meta.json'):
         made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', f'--data_dir={data_dir}',
                                '--dataset=builtin', '--tokenizer=bpe'])
         check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
-    wait_for_all()
+    together(dist.barrier)
 try:
     meta = read_json(data / 'meta.json')
     sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
@@ -536,7 +552,7 @@ def write_checkpoint(name):
     if rank == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-    wait_for_all()
+    together(dist.barrier)
     if fsdp:  # every process writes its own shards
         from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
         tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -565,8 +581,10 @@ def write_checkpoint(name):
                 step=step, sequences=sequences, best_loss=best_loss, evaluated=evaluated, scaler=scaler.state_dict(),
                 losses=[loss.item() for loss in losses], bad_steps=[skipped.item(), skipped_in_a_row.item()],
                 load=load.tolist(), entropy=entropy.tolist(), settings=settings), indent=2))
-    wait_for_all()
+    together(dist.barrier)
     sums = checksums(new)
+    if 'unreadable' in sums:
+        raise OSError(sums)
     if rank == 0:
         (new / 'SHA256SUMS').write_text(sums)
         config.sync(new / 'SHA256SUMS', new, out / 'metrics.jsonl')
@@ -577,7 +595,7 @@ def write_checkpoint(name):
         config.sync(out)
         if name != 'last':
             shutil.rmtree(old, ignore_errors=True)
-    wait_for_all()
+    together(dist.barrier)
 
 
 def log(**row):
@@ -668,7 +686,7 @@ if rank == 0:
         (out / 'metrics.new').replace(out / 'metrics.jsonl')
     except OSError as error:
         config.fail(f'cannot write to {out_dir}: {error}')
-wait_for_all()
+together(dist.barrier)
 
 stopped_by = None
 def stop(number, frame):
@@ -795,7 +813,7 @@ except (OSError, SafetensorError) as error:
     config.fail(f'cannot write to {out_dir}: {error}')
 except (torch.OutOfMemoryError, RuntimeError) as error:
     if distributed and ('gloo' in str(error) or isinstance(error, dist.DistBackendError)):
-        config.fail(f'another process of this run has ended; its message stands above or below ({str(error)[:100]})')
+        left_alone(error)
     if not isinstance(error, torch.OutOfMemoryError) and 'memory' not in str(error):
         raise
     config.fail(f'{device} has too little memory; try a smaller --batch_size with more --gradient_accumulation_steps')

@@ -16,8 +16,6 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).parent.parent
 SCRIPTS = 'prepare.py', 'train.py', 'sample.py', 'bench.py'
 
@@ -35,8 +33,9 @@ sys.excepthook = excepthook
 
 def fail(message):
     """End the script as a user's mistake does: one line that says what was wrong and what to do, exit status 2."""
-    for bar in list(tqdm._instances):  # a progress bar would share its line with the message
-        bar.close()
+    if 'tqdm' in sys.modules:
+        for bar in list(sys.modules['tqdm'].tqdm._instances):  # it would share its line with the message
+            bar.close()
     line = ' '.join(str(message).split())
     process = f' (process {os.environ["RANK"]})' if 'RANK' in os.environ else ''  # of those that torchrun started
     print(f'{Path(sys.argv[0]).name}{process}: {line}', file=sys.stderr, flush=True)
