@@ -153,6 +153,8 @@ def training_memory(config, batch_size, block_size, bytes_per_value, muon, one_k
     """
     c, tokens, value, parts = config, batch_size * block_size, bytes_per_value, gpus if fsdp else 1
     total, experts, matrices = count_parameters(c)
+    # FSDP2 divides stacks by experts, so that a GPU has one at least; what is gathered has as many for every GPU
+    most = -(-c.num_local_experts // parts) / c.num_local_experts
     L, D, I, V, k = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.vocab_size, c.num_experts_per_tok
     heads, cast = c.num_attention_heads * (c.head_dim + 16), (value < 4) * value
     moved = L * (experts * D / (D + 1) + matrices) if muon else 0  # by Muon, roughly: not the experts' biases
@@ -160,9 +162,12 @@ def training_memory(config, batch_size, block_size, bytes_per_value, muon, one_k
     per_layer = tokens * (value * (4 * D + 5 * heads + k * per_choice) + 4 * (D + c.num_local_experts * (3 + k)))
     head = tokens * D * value + V * D * 4 + min(tokens * V, 2 ** 25) * (8 + value)  # dx, dw, a chunk of the logits
     casts = (L * matrices + V * D + (0 if fsdp else L * experts * one_kernel)) * cast  # kept for backward, all layers'
-    gathered = 2 * (experts * (value if fsdp else 4) + matrices * 4) + 2 * V * D * 4  # two layers whole, and the root
-    return dict(parameters=4 * total / parts, gradients=4 * total / parts, optimizer=(8 * total - 4 * moved) / parts,
-                activations=L * per_layer + head + casts, communication=gathered if fsdp and gpus > 1 else 0)
+    gathered = 2 * (experts * most * parts * value + matrices * 4) + 2 * V * D * 4  # two layers whole, and the root
+    kept = (total - L * experts) / parts + L * experts * most  # parameters
+    muon_matrices, muon_works_on = moved * kept / total, min(moved, max(2 ** 28, 2 / 3 * experts)) * kept / total
+    return dict(parameters=4 * kept, gradients=4 * kept, optimizer=8 * kept - 4 * muon_matrices,
+                activations=max(L * per_layer + head + casts, 16 * muon_works_on),  # the one is over before the other
+                communication=gathered if fsdp and gpus > 1 else 0)
 
 
 def scale_rows(config, peak):
@@ -179,9 +184,11 @@ def scale_rows(config, peak):
             need = sum(memory.values()) / 1e9
             compute = gradient_accumulation_steps * tokens * flops / (peak * assumed_mfu)
             # Experts travel in bf16, the rest and all gradients in fp32. DDP sends and receives each gradient twice,
-            # once a step; FSDP2 each weight for forward and backward of every batch, and each gradient once.
-            weights = 4 * total - 2 * config.num_hidden_layers * experts
-            sent = 8 * total if way == 'DDP' else 2 * gradient_accumulation_steps * weights + 4 * total
+            # once a step; FSDP2, for every batch, each weight for forward and for backward and each gradient.
+            padded = gpus * -(-config.num_local_experts // gpus) / config.num_local_experts
+            stacks = config.num_hidden_layers * experts
+            weights, gradients = (4 * (total - stacks) + size * stacks * padded for size in (2, 4))
+            sent = 8 * total if way == 'DDP' else gradient_accumulation_steps * (2 * weights + gradients)
             seconds = sent * (1 - 1 / gpus) / (1e9 * (nvlink if gpus <= 8 else network))
             rows.append(dict(GPUs=gpus, way=way if gpus > 1 else 'alone') | {key: n / 1e9 for key, n in memory.items()})
             rows[-1]['total'] = need

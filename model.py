@@ -149,6 +149,12 @@ def product(x, w):
     return (x.unsqueeze(-2) * w.unsqueeze(-3)).sum(-1) if torch.compiler.is_compiling() else x @ w.mT
 
 
+def cast(x, dtype):
+    """x.to(dtype), for the end of a Function, where torch 2.11's compiler loses all gradients if it finds a `to` that
+    changes nothing, or an operation in place."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class RMSNormFunction(torch.autograd.Function):
     """x (..., D) over its root mean square, times weight (D,); in fp32, the result in x's dtype.
 
@@ -160,7 +166,8 @@ class RMSNormFunction(torch.autograd.Function):
         y = x.float()
         scale = torch.rsqrt(torch.linalg.vecdot(y, y)[..., None] / x.size(-1) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (y * scale).mul_(weight).to(x.dtype)
+        y = y * scale
+        return cast(y * weight if torch.compiler.is_compiling() else y.mul_(weight), x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -255,7 +262,7 @@ class SinkAttention(torch.autograd.Function):
         y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=bias, scale=q.size(-1) ** -0.5)
         total = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
-        y = (y * (lse - total).exp()[..., None]).to(q.dtype)
+        y = cast(y * (lse - total).exp()[..., None], q.dtype)
         ctx.save_for_backward(q, k, v, sinks, bias, y, total)
         return y
 
@@ -644,35 +651,38 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]['momentum'] = torch.zeros_like(p)
-            whole, beta, lr = params[0], group['momentum'], group['lr']
-            grads, buffers = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
-            if hasattr(whole, 'to_local'):  # a DTensor; what follows is done by each process to its shards
-                params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
-            if getattr(self, 'found_inf', None) is not None:  # then nothing moves, and the host need not know
-                lr = lr * (1 - self.found_inf)
-                grads = [torch.where(self.found_inf > 0, buffer, grad) for grad, buffer in zip(grads, buffers)]
-            torch._foreach_lerp_(buffers, grads, 1 - beta)
-            ahead = torch.stack(torch._foreach_lerp(grads, buffers, beta))  # Nesterov's momentum
-            rows_apart = params[0] is not whole and whole.dim() == 2  # of a stack every shard has whole matrices
-            if rows_apart:
-                from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-                shape, mesh = torch.Size((len(params), *whole.shape)), whole.device_mesh
-                ahead = DTensor.from_local(ahead, mesh, [Shard(1)], run_check=False, shape=shape,
-                                           stride=torch.empty(shape, device='meta').stride()).full_tensor()
-            matrices = ahead.view(-1, ahead.size(-2) // group['pieces'], ahead.size(-1))
-            size = lr * max(1, matrices.size(1) / matrices.size(2)) ** 0.5
-            update = orthogonalize(matrices, torch.bfloat16 if matrices.is_cuda else torch.float32)
-            update = update.mul_(size).reshape(ahead.shape)
-            if rows_apart:
-                update = distribute_tensor(update, mesh, [Shard(1)], src_data_rank=None).to_local()
-            if group['weight_decay']:
-                torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
-            torch._foreach_sub_(params, update.unbind())
+            many = max(1, 2 ** 28 // params[0].numel()) if params else 1  # at a time, for memory's sake
+            for i in range(0, len(params), many):
+                self.move(params[i:i + many], **{key: group[key] for key in ('lr', 'momentum', 'weight_decay', 'pieces')})
+
+    def move(self, params, lr, momentum, weight_decay, pieces):
+        """A step of parameters of one shape."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+        whole, grads, buffers = params[0], [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+        if hasattr(whole, 'to_local'):  # a DTensor; what follows is done by each process to its shards
+            params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
+        if getattr(self, 'found_inf', None) is not None:  # then nothing moves, and the host need not know
+            lr = lr * (1 - self.found_inf)
+            grads = [torch.where(self.found_inf > 0, buffer, grad) for grad, buffer in zip(grads, buffers)]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's momentum
+        rows_apart = params[0] is not whole and whole.dim() == 2  # of a stack every shard has whole matrices
+        if rows_apart:
+            from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+            shape, mesh = torch.Size((len(params), *whole.shape)), whole.device_mesh
+            ahead = DTensor.from_local(ahead, mesh, [Shard(1)], run_check=False, shape=shape,
+                                       stride=torch.empty(shape, device='meta').stride()).full_tensor()
+        matrices = ahead.view(-1, ahead.size(-2) // pieces, ahead.size(-1))
+        size = lr * max(1, matrices.size(1) / matrices.size(2)) ** 0.5
+        update = orthogonalize(matrices, torch.bfloat16 if matrices.is_cuda else torch.float32)
+        update = update.mul_(size).reshape(ahead.shape)
+        if rows_apart:
+            update = distribute_tensor(update, mesh, [Shard(1)], src_data_rank=None).to_local()
+        if weight_decay:
+            torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_sub_(params, update.unbind())
 
 
 def orthogonalize(x, dtype):
@@ -1430,6 +1440,8 @@ class Stored:
             if first != rows:
                 raise ValueError(f'{path}: {name} begins at row {first}, but {rows} rows come before')
             rows += len(parts[-1]) if parts[-1].dim() else 0
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise ValueError(f'{path}: the parts of {name} differ in shape')
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -14,6 +14,7 @@ import itertools
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -138,20 +139,21 @@ def main():
     torch.manual_seed(seed)
     model, encoder, block_size = load(path, getattr(torch, kind), where)
     if export:
-        new = Path(f'{Path(export).resolve()}.new')  # so that export is there whole or not at all
-        shutil.rmtree(new, ignore_errors=True)
+        parent = Path(export).resolve().parent
         try:
-            model.save_pretrained(new, experts=experts or None)
-            write_tokenizer(encoder, new)
-            for file in ('meta.json', 'tokenizer.tiktoken'):  # with which it is at home here, too
-                if (source := find_checkpoint(path) / file).exists():
-                    shutil.copy(source, new)
-            config.sync(*new.iterdir(), new)
-            new.replace(export)
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=parent) as beside:  # so that export is there whole or not at all
+                new = Path(beside) / 'new'
+                model.save_pretrained(new, experts=experts or None)
+                write_tokenizer(encoder, new)
+                for file in ('meta.json', 'tokenizer.tiktoken'):  # with which it is at home here, too
+                    if (source := find_checkpoint(path) / file).exists():
+                        shutil.copy(source, new)
+                config.sync(*new.iterdir(), new)
+                new.replace(export)
+                config.sync(parent)
         except (OSError, SafetensorError) as error:
             config.fail(f'cannot write to {export}: {error}')
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
         return print(f'{export}: {model.num_parameters():,} parameters, {kind}{", experts mxfp4" if experts else ""}')
     options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
     ends = set(stop_tokens(encoder))

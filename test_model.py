@@ -490,6 +490,7 @@ def test_muon(monkeypatch):
     """torch.optim.Muon on each matrix by itself: q, k, v, o, router, and each expert's gate, up and down."""
     from torch.optim._muon import _zeropower_via_newtonschulz as iterate
     monkeypatch.setattr(torch.Tensor, 'bfloat16', torch.Tensor.float)  # torch's iterates in bf16, 3 to 8 % off
+    monkeypatch.setattr(torch, 'bfloat16', torch.float32)
     monkeypatch.setattr(model, 'orthogonalize', lambda x, dtype: torch.stack(
         [iterate(m, (3.4445, -4.7750, 2.0315), 5, 1e-7) for m in x]))  # ours has a test of its own
     gpt, idx = make(num_hidden_layers=2, intermediate_size=40), torch.randint(97, (2, 40))
@@ -1912,7 +1913,7 @@ def assert_close_runs(out, other):
     *(pytest.param(number, ['--max_iters=50', *changes], marks=long, id=f'long-{number}-{" ".join(changes)}')
       for number, changes in (
           (2, []), (2, ['--fsdp=True']), (2, ['--gradient_accumulation_steps=3', '--batch_size=2']),
-          (4, ['--gradient_accumulation_steps=2', '--fsdp=True']), (2, ['--fsdp=True', '--compile=True']),
+          (4, ['--gradient_accumulation_steps=2', '--fsdp=True']), (2, ['--fsdp=True', '--compile=True']), (2, ['--compile=True']),
           (2, ['--fsdp=True', '--muon_lr=0', '--learning_rate=1e-3'])))])
 def test_processes(number, changes, tmp_path):
     """One process or several, DDP or FSDP2: the same numbers, and their checkpoints serve each other."""
@@ -1942,6 +1943,26 @@ def test_processes(number, changes, tmp_path):
         idx = torch.randint(20, (1, 40))
         ours = GPT.from_pretrained(many / 'last', torch.float32)
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+
+
+def test_adapters_of_two_processes(undisturbed, tmp_path):
+    """Adapters under FSDP2, of a base that is in none of their checkpoints: stopped, gone on with, and as of one."""
+    log, flags = tmp_path / 'log', [f'--data_dir={undisturbed[0]}', f'--init_from={undisturbed[1]}/best', *PARITY[3:],
+                                    '--lora_rank=2', '--num_hidden_layers=2', '--dropout=0']
+    one, many = tmp_path / 'one', tmp_path / 'many'
+    assert ended(start(log, 'train.py', *flags, f'--out_dir={one}'), log)[0] == 0
+    finished(start_processes(2, log, *flags, '--fsdp=True', f'--out_dir={many}', trap=('evaluation', 2)), log)
+    assert json.loads((many / 'last/state.json').read_text())['step'] == 4
+    finished(start_processes(2, log, f'--out_dir={many}', '--init_from=resume', '--fsdp=True'), log)
+    assert_close_runs(many, one)
+
+
+def test_longer(undisturbed, tmp_path):
+    """A finished run that is made longer keeps what it logged."""
+    shutil.copytree(undisturbed[1], tmp_path / 'out')
+    assert run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=25')[0] == 0
+    rows = metrics(tmp_path / 'out')
+    assert rows[:-2] == metrics(undisturbed[1]) and [row['step'] for row in rows[-2:]] == [25, 25]
 
 
 @long

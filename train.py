@@ -102,6 +102,7 @@ def check(good, message):
 # --- processes: this one, or all that torchrun started --------------------------------------------------------------
 
 distributed, rank, world, restarts = 'RANK' in os.environ, 0, 1, 0
+launch = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
 if distributed:
     try:
         rank, world, restarts = (int(os.environ.get(key, 0)) for key in ('RANK', 'WORLD_SIZE', 'TORCHELASTIC_RESTART_COUNT'))
@@ -113,9 +114,10 @@ check(distributed or not settings['fsdp'], '--fsdp=True spreads the model over p
 if distributed:
     try:
         store, *_ = next(dist.rendezvous('env://'))
-        # a place of its own for every start, or processes would look for those that died
+        if launch == 'none':  # no --rdzv_backend: a place for each start, or processes would look for those that died
+            store = dist.PrefixStore(f'start {restarts}', store)
         dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', rank=rank,
-                                world_size=world, store=dist.PrefixStore(f'start {restarts}', store))
+                                world_size=world, store=store)
     except (ValueError, RuntimeError) as error:
         config.fail(f'RANK is {rank}, as if torchrun had started this, but its other processes cannot be had: {error}')
 
@@ -128,7 +130,7 @@ def together(collective, *arguments):
     """Do what all processes must do, if there are others."""
     try:
         if distributed:
-            collective(*arguments)
+            return collective(*arguments)
     except RuntimeError as error:
         left_alone(error)
 
@@ -180,6 +182,8 @@ lock = FileLock(out / '.lock')  # the system lets go of it when the process ends
 def lock_out_dir():
     try:
         lock.acquire(timeout=0)
+    except NotImplementedError:
+        print(f'(the file system of {out} has no locks: see to it that no other run writes there)')
     except Timeout:
         config.fail(f'another run is writing to {out}; give this one an --out_dir of its own')
     for name in ('last', 'last.old', 'best'):
@@ -194,7 +198,10 @@ if rank == 0 and out.is_dir():
         config.fail(f'cannot write to {out}: {error}')
 together(dist.barrier)
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
-if distributed and restarts and checkpoints:  # torchrun --max-restarts: go on
+mine = launch if launch != 'none' else f'process {os.getppid()}'  # torchrun's, the same after a restart
+restarted = torch.tensor(restarts > 0 and bool(checkpoints) and rank == 0 and (out / '.launch').is_file()
+                         and (out / '.launch').read_text() == mine, dtype=torch.int64)
+if summed(restarted):  # by torchrun --max-restarts: go on
     settings['init_from'] = 'resume'
 check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')
 if settings['init_from'] == 'resume':  # with the run's own settings, but for what is asked for now
@@ -235,10 +242,12 @@ check(lora_rank >= 0 and lora_alpha > 0,
 check(not lora_rank or init_from != 'scratch', 'lora_rank adapts a model that there is: give --init_from=FOLDER')
 check(experts in ('', 'mxfp4'), f'experts is {experts!r}; it is mxfp4, or empty')
 check(not experts or init_from != 'scratch', 'experts=mxfp4 keeps those of a checkpoint: give --init_from=FOLDER')
-device, dtype = pick_device(device, dtype)
+device, dtype = pick_device('cpu' if distributed and device == 'auto' and not torch.cuda.is_available() else device, dtype)
 device_type = torch.device(device).type
 if distributed and device_type == 'cuda':
-    device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    local, gpus = int(os.environ.get('LOCAL_RANK', rank)), torch.cuda.device_count()
+    check(local < gpus, f'this machine has {gpus} GPUs; start as many processes, --nproc_per_node={gpus}')
+    device = f'cuda:{local}'
     torch.cuda.set_device(device)
 holds_run = (f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=NAME starts another elsewhere, '
              '--overwrite replaces it')
@@ -280,7 +289,8 @@ except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
 torch.manual_seed(seed)
 settings['vocab_size'] = vocab_size or vocabulary
 shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
-in_shards = fsdp and init_from == 'resume' and any(source.glob('shard-*'))  # of which each process reads its own
+in_shards = (fsdp and init_from == 'resume' and any(source.glob('shard-*'))  # of which each process reads its own
+             and not (source / 'adapter.json').exists())  # which are not all of the model
 place = 'meta' if fsdp and (rank or in_shards) else None  # of the weights of a model that is spread; the first has all
 try:
     if init_from == 'scratch':
@@ -349,7 +359,7 @@ if fsdp:
 else:
     model.to(device)
 if sharing > 1:
-    group, _ = dist.new_subgroups(sharing)
+    group, _ = together(dist.new_subgroups, sharing)
     for layer in model.model.layers:
         layer.mlp.group = group
 optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
@@ -549,6 +559,8 @@ def write_checkpoint(name):
     What was there becomes name.old: of `last` two are kept."""
     new, old, folder = (out / f'{name}{suffix}' for suffix in ('.new', '.old', ''))
     load, entropy = counted_experts()
+    if fsdp:
+        model.reshard()  # what the last evaluation gathered
     if rank == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
@@ -667,6 +679,7 @@ if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock_out_dir()
         check(init_from == 'resume' or overwrite or not find_run(), holds_run)  # as yet
+        (out / '.launch').write_text(mine)
         kept = []
         if init_from != 'resume':
             for leftover in ('last', 'last.old', 'last.damaged', 'best', 'best.old'):
@@ -675,9 +688,11 @@ if rank == 0:
             for line in (out / 'metrics.jsonl').read_text(errors='replace').splitlines(keepends=True):
                 try:
                     row = json.loads(line)
-                    kept += [line] if (row['step'], 'val_loss' in row) < (step, not evaluated) else []
+                    kept += [line] if (row['step'], 'val_loss' in row) <= (step, evaluated) else []
                 except (ValueError, KeyError, TypeError):
                     pass  # a line that a crash cut short
+        if not (out / 'best').exists() and (out / 'best.old').exists() and init_from == 'resume':
+            (out / 'best.old').rename(out / 'best')  # it was being replaced
         if init_from == 'resume' and source != checkpoints[0]:
             shutil.rmtree(out / 'last.damaged', ignore_errors=True)
             checkpoints[0].rename(out / 'last.damaged')
@@ -716,14 +731,12 @@ micro_steps = gradient_accumulation_steps * sharing // world
 try:
     while True:
         due, stopping = step % eval_interval == 0 or step == max_iters, asked_to_stop()
-        if step > first and (stopping or due and step < max_iters):
+        if step > first and (stopping or due):
             write_checkpoint('last')
         if stopping:
             break
         if due and not evaluated:
             if (val_loss := evaluate()) is None:  # asked to stop; a resumed run evaluates anew
-                if step == max_iters:
-                    write_checkpoint('last')
                 break
             report = expert_report() if step else {}
             row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
@@ -755,9 +768,7 @@ try:
             batches = list(batches)
             count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / (micro_steps * world)
         for micro_step, (x, y) in enumerate(batches, 1):
-            if fsdp:  # only the last batch's backward adds up what the processes have
-                model.set_requires_gradient_sync(micro_step == micro_steps)
-            elif distributed:
+            if distributed and not fsdp:  # the last backward adds up what the processes have; FSDP's all do, to keep shards
                 run.require_backward_grad_sync = micro_step == micro_steps
             with autocast:
                 batch_loss = run(x, y, return_logits=False, count=count)[1] / micro_steps
@@ -814,7 +825,7 @@ except (OSError, SafetensorError) as error:
 except (torch.OutOfMemoryError, RuntimeError) as error:
     if distributed and ('gloo' in str(error) or isinstance(error, dist.DistBackendError)):
         left_alone(error)
-    if not isinstance(error, torch.OutOfMemoryError) and 'memory' not in str(error):
+    if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
         raise
     config.fail(f'{device} has too little memory; try a smaller --batch_size with more --gradient_accumulation_steps')
 finally:
@@ -844,9 +855,12 @@ if sample_tokens and (rank == 0 or fsdp):
             prompt = encode_prompt(encoder, start) or [encoder.eot_token]
         torch.manual_seed(seed)
         text = model.generate(torch.tensor([prompt], device=device), sample_tokens, temperature=0.8,
-                              vocab_size=encoder.n_vocab, context=block_size, stop=stop_tokens(encoder))
+                              vocab_size=encoder.n_vocab, context=block_size,
+                              stop=() if fsdp else stop_tokens(encoder))  # FSDP's processes must all do as many steps
+        text, stops = text[0].tolist(), stop_tokens(encoder)
+        end = next((i for i, token in enumerate(text, 1) if i > len(prompt) and token in stops), None)
         if rank == 0:
-            print(f'\n{encoder.decode(text[0].tolist()).removesuffix("<|endoftext|>")}')
+            print(f'\n{encoder.decode(text[:end]).removesuffix("<|endoftext|>")}')
     except (ValueError, RuntimeError, SystemExit) as error:  # the training is done all the same
         print(f'no sample: {error}')
 if distributed:
