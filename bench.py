@@ -193,7 +193,8 @@ def scale_rows(config, peak):
             rows.append(dict(GPUs=gpus, way=way if gpus > 1 else 'alone') | {key: n / 1e9 for key, n in memory.items()})
             rows[-1]['total'] = need
             if need <= gpu_memory:  # and of computing and sending, one is hidden behind the other
-                rows[-1]['tokens_per_second'] = gpus * gradient_accumulation_steps * tokens / max(compute, seconds)
+                speed = gpus * gradient_accumulation_steps * tokens / max(compute, seconds)
+                rows[-1]['tokens_per_second'] = round(speed, -3)
     return rows
 
 

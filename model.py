@@ -653,7 +653,8 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group['params'] if p.grad is not None]
             many = max(1, 2 ** 28 // params[0].numel()) if params else 1  # at a time, for memory's sake
             for i in range(0, len(params), many):
-                self.move(params[i:i + many], **{key: group[key] for key in ('lr', 'momentum', 'weight_decay', 'pieces')})
+                settings = {key: group[key] for key in ('lr', 'momentum', 'weight_decay', 'pieces')}
+                self.move(params[i:i + many], **settings)
 
     def move(self, params, lr, momentum, weight_decay, pieces):
         """A step of parameters of one shape."""

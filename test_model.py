@@ -1634,8 +1634,8 @@ def child(script, arguments, log, environment, trap):
 
 
 def set_trap(where=None, number=1, sent=signal.SIGTERM):
-    """Have this process get a signal the number-th time that it is there: in a step, an evaluation, a save, or where what
-    is on the disk changes ('file'). Or let no file grow beyond so many bytes ('full')."""
+    """Have this process get a signal the number-th time that it is there: in a step, an evaluation, a save, or where
+    what is on the disk changes ('file'). Or let no file grow beyond so many bytes ('full')."""
     import safetensors.torch
     if where == 'full':
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
@@ -1832,7 +1832,7 @@ def test_full_disk_and_locked_folder(undisturbed, tmp_path):
 
 @long
 def test_long_full_disk(undisturbed, tmp_path):
-    """A disk that fills up, or can only be read, and then has room again: one clear line each time, and nothing lost."""
+    """A disk that fills up, or can only be read, and then has room again: one clear line each time, nothing lost."""
     disk, log = tmp_path / 'disk', tmp_path / 'log'
     disk.mkdir()
     mount = lambda *options: subprocess.run(['mount', *options, disk], capture_output=True, text=True)
@@ -1913,7 +1913,8 @@ def assert_close_runs(out, other):
     *(pytest.param(number, ['--max_iters=50', *changes], marks=long, id=f'long-{number}-{" ".join(changes)}')
       for number, changes in (
           (2, []), (2, ['--fsdp=True']), (2, ['--gradient_accumulation_steps=3', '--batch_size=2']),
-          (4, ['--gradient_accumulation_steps=2', '--fsdp=True']), (2, ['--fsdp=True', '--compile=True']), (2, ['--compile=True']),
+          (4, ['--gradient_accumulation_steps=2', '--fsdp=True']), (2, ['--fsdp=True', '--compile=True']),
+          (2, ['--compile=True']),
           (2, ['--fsdp=True', '--muon_lr=0', '--learning_rate=1e-3'])))])
 def test_processes(number, changes, tmp_path):
     """One process or several, DDP or FSDP2: the same numbers, and their checkpoints serve each other."""
@@ -2287,3 +2288,25 @@ def test_bench(tmp_path):
     packed = GPT.from_pretrained(tmp_path / 'big', experts='mxfp4')
     assert packed.model.layers[1].mlp.experts.down_weight.blocks.float().mean() == pytest.approx(127.5, abs=2)
     refused(run('bench.py', *big, '--hidden_size=64'), 'big', 'hidden_size = 32')
+
+
+def test_scale():
+    """On paper: parameters counted without building them, whole for DDP and divided for FSDP2, by experts at most."""
+    import bench
+    shape = dict(vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_local_experts=8)
+    gpt = GPT(GPTConfig(**shape))
+    stacks = sum(p.numel() for name, p in gpt.named_parameters() if '.experts.' in name)
+    assert bench.count_parameters(gpt.config)[:2] == (gpt.num_parameters(), stacks // 4)
+    status, out, err = run('bench.py', '--scale', *(f'--{key}={value}' for key, value in shape.items()), '--muon_lr=0')
+    assert status == 0 and '| 512 | FSDP2 |' in out, err
+    plain, shared, spread = (bench.training_memory(gpt.config, 2, 128, 4, False, False, gpus, gpus > 8)
+                             for gpus in (1, 8, 64))
+    assert plain['parameters'] == plain['gradients'] == plain['optimizer'] / 2 == 4 * gpt.num_parameters()
+    assert shared == plain and plain['communication'] == 0 < spread['communication']
+    assert spread['parameters'] == pytest.approx(4 * ((gpt.num_parameters() - stacks) / 64 + stacks / 8))
+    muon = bench.training_memory(gpt.config, 2, 128, 4, True, False)
+    matrices = sum(p.numel() for group in gpt.configure_optimizers(1.0, 1.0, (0.9, 0.9), 0.0)[1].param_groups
+                   for p in group['params'])
+    assert muon['optimizer'] == pytest.approx(8 * gpt.num_parameters() - 4 * matrices, rel=1e-3)
+    refused(run('bench.py', '--scale', '--gpu=toaster'), 'toaster', 'H100')
+    refused(run('bench.py', '--scale', '--network=0'), 'network')

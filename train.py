@@ -105,10 +105,12 @@ distributed, rank, world, restarts = 'RANK' in os.environ, 0, 1, 0
 launch = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
 if distributed:
     try:
-        rank, world, restarts = (int(os.environ.get(key, 0)) for key in ('RANK', 'WORLD_SIZE', 'TORCHELASTIC_RESTART_COUNT'))
+        rank, world, restarts = (int(os.environ.get(key, 0)) for key in (
+            'RANK', 'WORLD_SIZE', 'TORCHELASTIC_RESTART_COUNT'))
     except ValueError as error:
         config.fail(f'RANK, WORLD_SIZE or TORCHELASTIC_RESTART_COUNT is no number, {error}; torchrun sets them')
-    check(0 <= rank < world, f'RANK is {rank} and WORLD_SIZE {world}; start this with torchrun, which sets them, or unset RANK')
+    check(0 <= rank < world, f'RANK is {rank} and WORLD_SIZE {world}; start this with torchrun, which sets both, or '
+                             'unset RANK')
 check(distributed or not settings['fsdp'], '--fsdp=True spreads the model over processes: start it with '
                                            'torchrun --nproc_per_node=N train.py ...')
 if distributed:
@@ -242,7 +244,9 @@ check(lora_rank >= 0 and lora_alpha > 0,
 check(not lora_rank or init_from != 'scratch', 'lora_rank adapts a model that there is: give --init_from=FOLDER')
 check(experts in ('', 'mxfp4'), f'experts is {experts!r}; it is mxfp4, or empty')
 check(not experts or init_from != 'scratch', 'experts=mxfp4 keeps those of a checkpoint: give --init_from=FOLDER')
-device, dtype = pick_device('cpu' if distributed and device == 'auto' and not torch.cuda.is_available() else device, dtype)
+if distributed and device == 'auto' and not torch.cuda.is_available():
+    device = 'cpu'  # for which gloo works, as for mps it does not
+device, dtype = pick_device(device, dtype)
 device_type = torch.device(device).type
 if distributed and device_type == 'cuda':
     local, gpus = int(os.environ.get('LOCAL_RANK', rank)), torch.cuda.device_count()
@@ -768,7 +772,7 @@ try:
             batches = list(batches)
             count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / (micro_steps * world)
         for micro_step, (x, y) in enumerate(batches, 1):
-            if distributed and not fsdp:  # the last backward adds up what the processes have; FSDP's all do, to keep shards
+            if distributed and not fsdp:  # the last backward alone adds up; FSDP's all do, to have but shards to keep
                 run.require_backward_grad_sync = micro_step == micro_steps
             with autocast:
                 batch_loss = run(x, y, return_logits=False, count=count)[1] / micro_steps
