@@ -2212,7 +2212,7 @@ def samples(undisturbed, tmp_path_factory):
 
 
 @pytest.mark.parametrize('work, number', [
-    (load_mutated, 40), (train_mutated, 25), (random_command, 40),
+    (load_mutated, 30), (train_mutated, 12), (random_command, 20),
     *(pytest.param(work, 1000, marks=long, id=f'long-{work.__name__}')
       for work in (load_mutated, train_mutated, random_command))])
 def test_hostile_input(work, number, samples, tmp_path):
