@@ -1640,7 +1640,7 @@ def set_trap(where=None, number=1, sent=signal.SIGTERM):
     if where == 'full':
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
     count = itertools.count(1)
-    places = dict(step=[(model.Muon, 'step')], evaluation=[(GPT, 'hidden_states')],
+    places = dict(step=[(torch.optim.AdamW, 'step')], evaluation=[(GPT, 'hidden_states')],
                   save=[(safetensors.torch, 'save_file')], file=[
                       (os, 'fsync'), (os, 'rename'), (os, 'replace'), (os, 'unlink'), (os, 'rmdir'), (os, 'mkdir'),
                       (safetensors.torch, 'save_file')])
