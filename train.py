@@ -116,7 +116,9 @@ check(distributed or not settings['fsdp'], '--fsdp=True spreads the model over p
 if distributed:
     try:
         store, *_ = next(dist.rendezvous('env://'))
-        if launch == 'none':  # no --rdzv_backend: a place for each start, or processes would look for those that died
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
+            # A place for each start, or gloo would look for processes that died. Several machines do not agree on how
+            # many starts there were; for them see the README.
             store = dist.PrefixStore(f'start {restarts}', store)
         dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', rank=rank,
                                 world_size=world, store=store)
