@@ -1993,7 +1993,7 @@ if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] ==
         if not restarts:
             assert result.returncode != 0 and 'SIGKILL' in result.stderr and time.time() - began < 60, result
             shutil.rmtree(many)
-    assert result.returncode == 0 and 'Signal 9 (SIGKILL)' in result.stderr, result
+    assert result.returncode == 0 and 'exitcode: -9' in result.stderr, result
     assert_close_runs(many, one)
 
 
