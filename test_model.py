@@ -1946,7 +1946,8 @@ def test_processes(number, changes, tmp_path):
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
 
 
-def test_adapters_of_two_processes(undisturbed, tmp_path):
+@long
+def test_long_adapters_of_two_processes(undisturbed, tmp_path):
     """Adapters under FSDP2, of a base that is in none of their checkpoints: stopped, gone on with, and as of one."""
     log, flags = tmp_path / 'log', [f'--data_dir={undisturbed[0]}', f'--init_from={undisturbed[1]}/best', *PARITY[3:],
                                     '--lora_rank=2', '--num_hidden_layers=2', '--dropout=0']
@@ -2018,7 +2019,7 @@ def fuzz(work, seed, number, folder, log):
         raise Enough
 
     signal.signal(signal.SIGALRM, enough)
-    with open(log, 'w') as file:
+    with open(log, 'w', buffering=1) as file:  # a line at a time
         for i in range(number):
             try:
                 signal.alarm(20)
