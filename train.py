@@ -383,7 +383,7 @@ def moments():
 if init_from != 'resume':
     step, sequences, best_loss, evaluated, losses, bad_steps = 0, 0, math.inf, False, [], [0, 0]
 else:
-    check(step < max_iters or not evaluated,
+    check(step < max_iters or step == max_iters and not evaluated,
           f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
     for optimizer in optimizers:
