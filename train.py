@@ -16,6 +16,7 @@ import config  # first, for it makes Ctrl-C quiet
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -105,10 +106,11 @@ distributed, rank, world, restarts = 'RANK' in os.environ, 0, 1, 0
 launch = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
 if distributed:
     try:
-        rank, world, restarts = (int(os.environ.get(key, 0)) for key in (
-            'RANK', 'WORLD_SIZE', 'TORCHELASTIC_RESTART_COUNT'))
+        rank, world, restarts, local_rank = (int(os.environ.get(key, default)) for key, default in (
+            ('RANK', 0), ('WORLD_SIZE', 0), ('TORCHELASTIC_RESTART_COUNT', 0), ('LOCAL_RANK', os.environ['RANK'])))
     except ValueError as error:
-        config.fail(f'RANK, WORLD_SIZE or TORCHELASTIC_RESTART_COUNT is no number, {error}; torchrun sets them')
+        config.fail(f'RANK, LOCAL_RANK, WORLD_SIZE or TORCHELASTIC_RESTART_COUNT is no number, {error}; torchrun sets '
+                    'them')
     check(0 <= rank < world, f'RANK is {rank} and WORLD_SIZE {world}; start this with torchrun, which sets both, or '
                              'unset RANK')
 check(distributed or not settings['fsdp'], '--fsdp=True spreads the model over processes: start it with '
@@ -127,6 +129,7 @@ if distributed:
 
 
 def left_alone(error):
+    """End this process as one that cannot go on without another."""
     config.fail(f'another process of this run has ended; its message stands above or below ({str(error)[:100]})')
 
 
@@ -179,11 +182,13 @@ def read_state(folder):
 
 
 def find_run():
+    """The checkpoints in out_dir: the newest, the one before, the best."""
     return [folder for name in ('last', 'last.old', 'best') if (folder := out / name).exists()]
 
 
 lock = FileLock(out / '.lock')  # the system lets go of it when the process ends, however it does
 def lock_out_dir():
+    """Keep out_dir for this run. Refuses one that another has, or in which something else has a checkpoint's name."""
     try:
         lock.acquire(timeout=0)
     except NotImplementedError:
@@ -213,9 +218,12 @@ if settings['init_from'] == 'resume':  # with the run's own settings, but for wh
         try:
             state = read_state(source)
             step, sequences, best_loss = int(state['step']), int(state['sequences']), float(state['best_loss'])
-            evaluated, losses, bad_steps = bool(state['evaluated']), torch.tensor(state['losses']), state['bad_steps']
+            evaluated, losses = bool(state['evaluated']), torch.tensor(state['losses'])
+            bad_steps = [int(number) for number in state['bad_steps']]
             counted = torch.tensor(state['load'], dtype=torch.int64), torch.tensor(state['entropy'])
             remembered = dict(state['settings'])
+            if min(step, sequences, *bad_steps) < 0 or len(bad_steps) != 2:
+                raise ValueError(f'step {step}, {sequences} sequences, bad_steps {bad_steps}')
             for key, value in remembered.items():
                 now = settings.get(key)
                 if now is not None and type(value) is not type(now) and not {type(value), type(now)} <= {int, float}:
@@ -251,9 +259,9 @@ if distributed and device == 'auto' and not torch.cuda.is_available():
 device, dtype = pick_device(device, dtype)
 device_type = torch.device(device).type
 if distributed and device_type == 'cuda':
-    local, gpus = int(os.environ.get('LOCAL_RANK', rank)), torch.cuda.device_count()
-    check(local < gpus, f'this machine has {gpus} GPUs; start as many processes, --nproc_per_node={gpus}')
-    device = f'cuda:{local}'
+    gpus = torch.cuda.device_count()
+    check(local_rank < gpus, f'this machine has {gpus} GPUs; start as many processes, --nproc_per_node={gpus}')
+    device = f'cuda:{local_rank}'
     torch.cuda.set_device(device)
 holds_run = (f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=NAME starts another elsewhere, '
              '--overwrite replaces it')
@@ -287,8 +295,10 @@ try:
     perfect = float(meta.get('perfect_loss', 'nan'))
     numbers = [*sizes.values(), vocabulary, meta['val_bytes'], end_of_text + 2]  # -1: no token ends a text
     numbers += [meta[f'{split}_targets'] for split in sizes if chats]
-    if not all(isinstance(n, int) and n > 0 for n in numbers) or token_dtype.name not in ('uint16', 'uint32'):
-        raise ValueError(f'sizes {numbers}, dtype {token_dtype}')
+    if not all(isinstance(n, int) and 0 < n < 2 ** 62 for n in numbers) or vocabulary >= 2 ** 31:
+        raise ValueError(f'sizes {numbers}')
+    if token_dtype.name not in ('uint16', 'uint32'):
+        raise ValueError(f'dtype {token_dtype}')
 except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
     config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
 
@@ -302,7 +312,8 @@ try:
     if init_from == 'scratch':
         need = sum(training_memory(GPTConfig(**shape), batch_size // sharing, block_size, 4, bool(muon_lr), False,
                                    world, fsdp).values())
-        check(device_type != 'cpu' or need < 1.2 * memory_here(), f'training this takes about {need / 1e9:,.0f} GB, '
+        check(device_type != 'cpu' or need < 1.2 * memory_here(),
+              f'training this model, with its vocab_size of {shape["vocab_size"]:,}, takes about {need / 1e9:,.0f} GB, '
               f'and here are {memory_here() / 1e9:,.0f}; take a smaller model or --batch_size')
         with torch.device(place or 'cpu'):
             model, trained_on = GPT(GPTConfig(**shape)), block_size
@@ -374,6 +385,19 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
+def quietly(save_or_load, *arguments, **options):
+    """One of torch.distributed.checkpoint's, which logs tracebacks and raises several at once. Raises OSError."""
+    from torch.distributed.checkpoint import CheckpointException
+    logging.disable()
+    try:
+        with warnings.catch_warnings(action='ignore'):  # one process need not be told that it is the only one
+            save_or_load(*arguments, **options)
+    except CheckpointException as error:
+        raise OSError(f'process {(failed := min(error.failures))}: {error.failures[failed][0]}') from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def moments():
     """{name: tensor} of what the optimizers remember."""
     return {f'{names[p]}/{key}': value for optimizer in optimizers for p, state in optimizer.state.items()
@@ -385,7 +409,7 @@ if init_from != 'resume':
 else:
     check(step < max_iters or step == max_iters and not evaluated,
           f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group['params']):
             optimizer.state[p] = {key: torch.zeros_like(p) for key in (
@@ -396,13 +420,12 @@ else:
     try:
         if state['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(state['scaler'])
-        load(saved, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not distributed)
+        quietly(load, saved, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not distributed)
         if rank == 0:  # who alone has what all have counted
             for layer, chosen, entropy in zip(model.model.layers, *counted):
                 layer.mlp.load.copy_(chosen), layer.mlp.entropy.copy_(entropy)
         losses = list(losses.to(device))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError,
-            CheckpointException) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         config.fail(f'{source} does not hold what these optimizers remember ({type(error).__name__}: {error}); start '
                     f'anew from the weights with --init_from={source} and another --out_dir')
 skipped, skipped_in_a_row = torch.tensor(bad_steps, device=device).float()  # on the device, so that no step waits
@@ -572,14 +595,11 @@ def write_checkpoint(name):
         new.mkdir()
     together(dist.barrier)
     if fsdp:  # every process writes its own shards
-        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
         tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
         tensors |= moments() if name == 'last' else {}
         files = {key: 1 + i // 200 for i, key in enumerate(tensors)}  # several, for each is in memory once more
-        try:
-            save(tensors, storage_writer=HuggingFaceStorageWriter(str(new), files, save_distributed=True))
-        except CheckpointException as error:
-            raise OSError(f'the processes\' shards: {list(error.failures.values())[0][0]}') from error
+        quietly(save, tensors, storage_writer=HuggingFaceStorageWriter(str(new), files, save_distributed=True))
     elif rank == 0 and name == 'last':
         save_file(moments(), new / 'optimizer.safetensors')
     if rank == 0:
