@@ -330,8 +330,10 @@ def load_tokenizer(folder):
         name, special = meta['tokenizer'], meta.get('special_tokens', [END])
         if name not in PATTERNS:
             return encoding(name)
-        if table.stat().st_size > 2 ** 26 or not all(isinstance(token, str) for token in special):
-            raise ValueError('that large or of such special tokens is none of ours')
+        if not isinstance(special, list) or not all(isinstance(token, str) for token in special) or END not in special:
+            raise ValueError(f'special_tokens are not strings and {END} among them')
+        if table.stat().st_size > 2 ** 26:
+            raise ValueError('larger than any of ours')
         lines = table.read_text().splitlines()
         ranks = {base64.b64decode(line.split()[0], validate=True): int(line.split()[1]) for line in lines}
         if sorted(ranks.values()) != list(range(len(lines))) or not all(ranks):
