@@ -222,8 +222,9 @@ if settings['init_from'] == 'resume':  # with the run's own settings, but for wh
             bad_steps = [int(number) for number in state['bad_steps']]
             counted = torch.tensor(state['load'], dtype=torch.int64), torch.tensor(state['entropy'])
             remembered = dict(state['settings'])
-            if min(step, sequences, *bad_steps) < 0 or len(bad_steps) != 2:
-                raise ValueError(f'step {step}, {sequences} sequences, bad_steps {bad_steps}')
+            counters = [step, sequences, *bad_steps]
+            if len(counters) != 4 or not all(0 <= counter < 2 ** 62 for counter in counters):
+                raise ValueError(f'step, sequences and bad_steps are {counters}')
             for key, value in remembered.items():
                 now = settings.get(key)
                 if now is not None and type(value) is not type(now) and not {type(value), type(now)} <= {int, float}:
