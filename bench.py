@@ -687,6 +687,8 @@ def main():
                 print(rows[-1], file=sys.stderr, flush=True)
     else:
         shape = {key: globals()[key] for key in GPTConfig.__dataclass_fields__}
+        if not {*parts.split(',')} <= {'train', 'prefill', 'decode'}:
+            config.fail(f'parts is {parts!r}; it takes train, prefill and decode, divided by commas')
         try:
             if not shape['vocab_size']:  # the data's, as in train.py, if the data is there
                 meta = Path(data_dir, 'meta.json')
@@ -713,8 +715,6 @@ def main():
             rows.append(dict(disk=size / 1e6) | result)
             rows[0] |= {key: rows[0][key] / 1e9 for key in ('load_memory', 'memory')}
         for part in [] if checkpoint else parts.split(','):
-            if part not in ('train', 'prefill', 'decode'):
-                config.fail(f'parts is {parts!r}; it takes train, prefill and decode, divided by commas')
             batch = batch_size if part == 'train' else decode_batch
             result, = median_of_rounds([common | dict(part=part, shape=shape, batch_size=batch)])
             if not result:
