@@ -1972,10 +1972,10 @@ def test_longer(undisturbed, tmp_path):
 
 
 @long
-@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True']])
-def test_long_torchrun(fsdp, tmp_path):
+@pytest.mark.parametrize('nodes, fsdp', [(1, []), (1, ['--fsdp=True']), (2, [])])
+def test_long_torchrun(nodes, fsdp, tmp_path):
     """A process that dies takes the others with it within a minute; with --max-restarts they all go on, from the last
-    checkpoint, to the numbers of a run that nothing happened to."""
+    checkpoint, to the numbers of a run that nothing happened to. Two nodes are two torchruns here."""
     data, one, many = make_data(tmp_path), tmp_path / 'one', tmp_path / 'many'
     common = [f'--data_dir={data}', *PARITY, '--max_iters=50']
     assert ended(start(tmp_path / 'log', 'train.py', *common, f'--out_dir={one}'), tmp_path / 'log')[0] == 0
@@ -1986,19 +1986,30 @@ def die():
     while not Path({str(many)!r}, 'last').exists():
         time.sleep(0.01)
     time.sleep(0.2)
+    Path({str(tmp_path)!r}, 'died').touch()
     os.kill(os.getpid(), signal.SIGKILL)
-if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+if os.environ.get('RANK') == '1' and not Path({str(tmp_path)!r}, 'died').exists():
     threading.Thread(target=die, daemon=True).start()
 """)
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1',
+                                    TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')  # as the README says
+    with socket.socket() as free:
+        free.bind(('', 0))
+        port = free.getsockname()[1]
+    meet = [f'--nnodes={nodes}', '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}']
     for restarts in (0, 1):
+        command = ['torchrun', *meet, f'--rdzv_id=run{restarts}', f'--nproc_per_node={2 // nodes}',
+                   f'--max-restarts={restarts}', ROOT / 'train.py', *common, *fsdp, f'--out_dir={many}', '--overwrite']
         began = time.time()
-        result = subprocess.run(['torchrun', '--nproc_per_node=2', f'--max-restarts={restarts}', ROOT / 'train.py',
-                                 *common, *fsdp, f'--out_dir={many}', '--overwrite'], capture_output=True, text=True,
-                                env=os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'), timeout=300)
+        agents = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   env=environment) for _ in range(nodes)]
+        errors = [agent.communicate(timeout=300)[1] for agent in agents]
+        assert '-9' in ''.join(errors), errors
         if not restarts:
-            assert result.returncode != 0 and 'SIGKILL' in result.stderr and time.time() - began < 60, result
+            assert all(agent.returncode for agent in agents) and time.time() - began < 60, errors
             shutil.rmtree(many)
-    assert result.returncode == 0 and 'exitcode: -9' in result.stderr, result
+            (tmp_path / 'died').unlink()
+    assert not any(agent.returncode for agent in agents), errors
     assert_close_runs(many, one)
 
 

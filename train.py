@@ -208,9 +208,8 @@ if rank == 0 and out.is_dir():
 together(dist.barrier)
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
 mine = launch if launch != 'none' else f'process {os.getppid()}'  # torchrun's, the same after a restart
-restarted = torch.tensor(restarts > 0 and bool(checkpoints) and rank == 0 and (out / '.launch').is_file()
-                         and (out / '.launch').read_text() == mine, dtype=torch.int64)
-if summed(restarted):  # by torchrun --max-restarts: go on
+again = torch.tensor([restarts, rank == 0 and (out / '.launch').is_file() and (out / '.launch').read_text() == mine])
+if all(summed(again)) and checkpoints:  # started anew by torchrun --max-restarts, as one machine at least can tell
     settings['init_from'] = 'resume'
 check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')
 if settings['init_from'] == 'resume':  # with the run's own settings, but for what is asked for now
