@@ -1820,7 +1820,7 @@ def test_full_disk_and_locked_folder(undisturbed, tmp_path):
         resumed = start(log, 'train.py', f'--out_dir={out}', '--init_from=resume', trap=('full', size))
         status, printed = ended(resumed, log)
         assert status == 2 and 'Traceback' not in printed and f'cannot write to {out}' in printed, printed
-        assert json.loads((out / 'last/state.json').read_text())['step'] == 9
+        assert json.loads((out / 'last/state.json').read_text())['step'] == 9 and not (out / 'last.new').exists()
     with FileLock(out / '.lock'):
         for more in ('--init_from=resume', '--overwrite'):
             status, printed = ended(start(log, 'train.py', *arguments, more), log)
@@ -2232,6 +2232,38 @@ def samples(undisturbed, tmp_path_factory):
 def test_hostile_input(work, number, samples, tmp_path):
     shutil.copytree(samples, tmp_path / 'here')
     assert_harmless(work, number, tmp_path / 'here', seed=number)
+
+
+def test_shards(tmp_path):
+    """Rows of tensors in several files, as FSDP2's processes write them, are put together, or refused by name."""
+    original = make()
+    original.save_config(tmp_path)
+
+    def write(number, firsts=lambda first: first, text=json.dumps):
+        tensors, where = {}, {}
+        for name, p in original.named_parameters():
+            half = (len(p) + 1) // 2
+            first, end = ((0, half), (half, len(p)))[number]
+            tensors[name] = p.data[first:end].clone()
+            where[name] = dict(saved_offsets=[firsts(first)] + [0] * (p.dim() - 1))
+        save_file(tensors, tmp_path / f'shard-0000{number}.safetensors', dict(DCP_SHARDING_INFO=text(where)))
+
+    write(1), write(0)
+    loaded = GPT.from_pretrained(tmp_path, torch.float32)
+    for p, q in zip(original.parameters(), loaded.parameters()):
+        assert torch.equal(p, q)
+    for break_it in (lambda: write(1, lambda first: first + 1), lambda: write(1, lambda first: 0),
+                     lambda: write(1, lambda first: -first), lambda: write(1, lambda first: 'x'),
+                     lambda: write(1, text=lambda where: '['), lambda: write(1, text=lambda where: '[]'),
+                     lambda: write(1, text=lambda where: '{}'),
+                     lambda: shutil.copy(tmp_path / 'shard-00000.safetensors', tmp_path / 'shard-00002.safetensors'),
+                     lambda: (tmp_path / 'shard-00001.safetensors').unlink(),
+                     lambda: (tmp_path / 'shard-00000.safetensors').unlink()):
+        write(0), write(1)
+        break_it()
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            GPT.from_pretrained(tmp_path, torch.float32)
+        (tmp_path / 'shard-00002.safetensors').unlink(missing_ok=True)
 
 
 def test_not_finite(tmp_path):
