@@ -74,7 +74,7 @@ def pick_device(device, dtype):
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         config.fail(f'device {device!r} cannot be used here: {str(error).splitlines()[0]}')
     if dtype == 'auto':
@@ -699,7 +699,10 @@ def main():
         if checkpoint:
             try:
                 if not Path(checkpoint).exists():
+                    print(f'writing {checkpoint} ...', file=sys.stderr)
                     write_random(shape, checkpoint)
+                if not Path(checkpoint, 'config.json').exists():
+                    config.fail(f'{checkpoint} is not a whole checkpoint; remove it, or name another')
                 found = vars(read_config(Path(checkpoint, 'config.json')))
             except (ValueError, OSError) as error:
                 config.fail(error)

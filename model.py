@@ -938,7 +938,6 @@ class GPT(nn.Module):
 
         Raises ValueError where that is nothing.
         """
-        from safetensors.torch import save_file
         if not self.lora or not self.source:
             raise ValueError('there are no adapters of a saved model: from_pretrained(folder), then add_lora()')
         folder = Path(path)
@@ -946,7 +945,7 @@ class GPT(nn.Module):
             raise ValueError(f'{folder} holds a whole model; adapters want a folder of their own')
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach() for name, p in self.named_parameters() if 'lora.' in name}
-        save_file(tensors, folder / 'adapter.safetensors', {'format': 'pt'})
+        save_file(tensors, folder / 'adapter.safetensors')
         self.save_config(folder)
 
     @classmethod
@@ -1040,7 +1039,6 @@ class GPT(nn.Module):
         published. What exceeds shard_size bytes is divided into files with an index. Raises ValueError for a model
         that the format cannot express, unless portable is False: then only from_pretrained reads it.
         """
-        from safetensors.torch import save_file
         check_packing(experts, self.config)
         if self.lora:
             raise ValueError('the model has adapters: merge_lora() first, or save_adapter() saves them apart')
@@ -1055,7 +1053,7 @@ class GPT(nn.Module):
 
         def write():
             number = len(set(where.values())) + 1
-            save_file(shard, file(number), {'format': 'pt'})
+            save_file(shard, file(number))
             where.update(dict.fromkeys(shard, number))
             shard.clear()
 
@@ -1330,12 +1328,28 @@ def find_checkpoint(path):
                          f'({type(error).__name__}); download it elsewhere and give its folder') from error
 
 
+def save_file(tensors, path):
+    """Write {name: tensor} as safetensors, which by itself lets no one else read them, with the rights files get here."""
+    from safetensors.torch import save_file
+    save_file(tensors, path, {'format': 'pt'})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def read_bytes(path, limit=2 ** 26):
+    """What is in a file. Raises ValueError for a pipe or device, which may never end, and for more than so many bytes."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError(f'{path} is no regular file')
+    if os.stat(path).st_size > limit:
+        raise ValueError(f'{path} is larger than {limit >> 20} MB')
+    return Path(path).read_bytes()
+
+
 def read_json(path):
     """The object in a JSON file, a dict. Raises ValueError, for files larger than 64 MB too, which are none of ours."""
     try:
-        if os.stat(path).st_size > 2 ** 26:
-            raise ValueError('it is larger than 64 MB')
-        found = json.loads(Path(path).read_text(encoding='utf-8'))
+        found = json.loads(read_bytes(path).decode())
         if not isinstance(found, dict):
             raise ValueError(f'it holds a {type(found).__name__}, not an object')
     except (OSError, ValueError, RecursionError) as error:

@@ -90,10 +90,12 @@ def converse(draw, encoder):
         config.fail(f'this model was not made for chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
                     'one on data that python prepare.py --dataset=CHATS.jsonl made')
     message, channel, end = (encoder.encode_single_token(f'<|{name}|>') for name in ('message', 'channel', 'end'))
+    if sys.stdin is None:
+        config.fail('--chat reads messages from the keyboard or a pipe, but the standard input is closed')
     messages = [dict(role='system', content=system)] if system else []
     while True:
         try:
-            line = input('\n> ' if sys.stdin.isatty() else '').strip()
+            line = input('> ' if sys.stdin.isatty() else '').strip()
         except EOFError:
             return
         if not line:
@@ -135,6 +137,8 @@ def main():
     if export:
         if os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
             config.fail(f'{export} is there already; --export wants a new folder')
+        if inside := config.enclosing_checkpoint(export):
+            config.fail(f'{export} is in the checkpoint {inside}, which it would damage; export to elsewhere')
     where, kind = pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     torch.manual_seed(seed)
     model, encoder, block_size = load(path, getattr(torch, kind), where)
@@ -167,6 +171,7 @@ def main():
                 break
             yield token.item()
         cut = ' (max_new_tokens)' if drawn == max_new_tokens and token.item() not in ends else ''
+        print(flush=True)
         print(f'--- {drawn} tokens{cut}, {drawn / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
 
     if chat:
@@ -179,7 +184,6 @@ def main():
     for _ in range(num_samples):
         print(text, end='', flush=True)
         show(decoded(encoder, draw(prompt)))
-        print()
 
 
 if __name__ == '__main__':

@@ -1601,7 +1601,7 @@ def test_chat(tmp_path):
     assert GPT.from_pretrained(tmp_path / 'both', torch.float32, experts='mxfp4')
     refused(run('train.py', *shape, '--lora_rank=4', '--out_dir=new', cwd=tmp_path), 'lora_rank', '--init_from')
     refused(run('train.py', *shape[:2], '--data_dir=data', '--lora_rank=4', '--init_from=out/best', '--out_dir=out',
-                '--overwrite', cwd=tmp_path), 'out holds what the adapters adapt')
+                '--overwrite', cwd=tmp_path), 'out/best, which this run would overwrite')
     refused(run('train.py', *shape, '--init_from=out/best', '--experts=mxfp4', '--out_dir=new', cwd=tmp_path),
             'experts')
     refused(run('train.py', '--block_size=20', *shape[1:], '--out_dir=new', '--batch_size=1', '--eval_iters=1',

@@ -14,11 +14,13 @@ share weights, gradients and moments too. Every setting below is a flag, and so 
 
 import config  # first, for it makes Ctrl-C quiet
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,11 +38,10 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from bench import peak_flops, pick_device, training_memory
-from model import GPT, GPTConfig, Muon, find_checkpoint, memory_here, read_json
+from model import GPT, GPTConfig, Muon, find_checkpoint, memory_here, read_bytes, read_json, save_file
 
 # -----------------------------------------------------------------------------
 # where things are
@@ -100,6 +102,16 @@ def check(good, message):
         config.fail(message)
 
 
+def say(message):
+    """Print from the first process. Where nobody reads on, as of a pipe whose reader is gone, training goes on."""
+    try:
+        if rank == 0:
+            tqdm.write(message)
+            sys.stdout.flush()
+    except (OSError, AttributeError):
+        sys.stdout = open(os.devnull, 'w')
+
+
 # --- processes: this one, or all that torchrun started --------------------------------------------------------------
 
 distributed, rank, world, restarts = 'RANK' in os.environ, 0, 1, 0
@@ -124,7 +136,7 @@ if distributed:
             store = dist.PrefixStore(f'start {restarts}', store)
         dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', rank=rank,
                                 world_size=world, store=store)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         config.fail(f'RANK is {rank}, as if torchrun had started this, but its other processes cannot be had: {error}')
 
 
@@ -157,6 +169,8 @@ def checksums(folder):
     for file in sorted(file for file in folder.iterdir() if file.name != 'SHA256SUMS')[rank::world]:
         digest = hashlib.sha256()
         try:
+            if not file.is_file():
+                raise OSError(errno.EINVAL, 'no regular file')
             with open(file, 'rb') as content:
                 for chunk in iter(lambda: content.read(2 ** 20), b''):
                     digest.update(chunk)
@@ -172,7 +186,7 @@ def checksums(folder):
 def read_state(folder):
     """state.json of a checkpoint. Raises ValueError if anything in the folder is not as it was written."""
     try:
-        found, written = checksums(folder), (folder / 'SHA256SUMS').read_text()
+        found, written = checksums(folder), read_bytes(folder / 'SHA256SUMS').decode()
     except (OSError, ValueError) as error:
         raise ValueError(f'{type(error).__name__}: {error}') from error
     if written != found:
@@ -192,23 +206,27 @@ def lock_out_dir():
     try:
         lock.acquire(timeout=0)
     except NotImplementedError:
-        print(f'(the file system of {out} has no locks: see to it that no other run writes there)')
+        say(f'(the file system of {out} has no locks: see to it that no other run writes there)')
     except Timeout:
         config.fail(f'another run is writing to {out}; give this one an --out_dir of its own')
-    for name in ('last', 'last.old', 'best'):
+    for name in ('last', 'last.old', 'last.new', 'last.damaged', 'best', 'best.old', 'best.new'):
         check((out / name).is_dir() and not (out / name).is_symlink() or not os.path.lexists(out / name),
               f'{out / name} is no folder of a run; move it away')
 
 
-if rank == 0 and out.is_dir():
+check(not config.enclosing_checkpoint(out), f'{out} is a checkpoint, or in one; out_dir is the folder that last/ and '
+                                            'best/ are in, or a new one')
+if rank == 0:
     try:
-        lock_out_dir()
+        if out.is_dir():
+            lock_out_dir()
     except OSError as error:
         config.fail(f'cannot write to {out}: {error}')
 together(dist.barrier)
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
 mine = launch if launch != 'none' else f'process {os.getppid()}'  # torchrun's, the same after a restart
-again = torch.tensor([restarts, rank == 0 and (out / '.launch').is_file() and (out / '.launch').read_text() == mine])
+again = torch.tensor([restarts, rank == 0 and (out / '.launch').is_file() and
+                      (out / '.launch').read_bytes()[:999] == mine.encode()])
 if all(summed(again)) and checkpoints:  # started anew by torchrun --max-restarts, as one machine at least can tell
     settings['init_from'] = 'resume'
 check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')
@@ -217,13 +235,13 @@ if settings['init_from'] == 'resume':  # with the run's own settings, but for wh
         try:
             state = read_state(source)
             step, sequences, best_loss = int(state['step']), int(state['sequences']), float(state['best_loss'])
-            evaluated, losses = bool(state['evaluated']), torch.tensor(state['losses'])
+            evaluated, losses = bool(state['evaluated']), torch.tensor(state['losses']).flatten()
             bad_steps = [int(number) for number in state['bad_steps']]
             counted = torch.tensor(state['load'], dtype=torch.int64), torch.tensor(state['entropy'])
             remembered = dict(state['settings'])
             counters = [step, sequences, *bad_steps]
-            if len(counters) != 4 or not all(0 <= counter < 2 ** 62 for counter in counters):
-                raise ValueError(f'step, sequences and bad_steps are {counters}')
+            if len(counters) != 4 or not all(0 <= counter < 2 ** 62 for counter in counters) or math.isnan(best_loss):
+                raise ValueError(f'best_loss is {best_loss}; step, sequences and bad_steps are {counters}')
             for key, value in remembered.items():
                 now = settings.get(key)
                 if now is not None and type(value) is not type(now) and not {type(value), type(now)} <= {int, float}:
@@ -266,6 +284,9 @@ if distributed and device_type == 'cuda':
 holds_run = (f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=NAME starts another elsewhere, '
              '--overwrite replaces it')
 check(init_from == 'resume' or overwrite or not find_run(), holds_run)
+weights = Path(init_from).resolve()
+check(not {folder.resolve() for folder in find_run()} & {weights, *weights.parents},
+      f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 # A step has gradient_accumulation_steps batches. Groups of processes take them in turn, and the `sharing` processes of
 # a group divide each of theirs among them.
 sharing = world // math.gcd(world, gradient_accumulation_steps)
@@ -281,7 +302,7 @@ if not os.path.exists(data / 'meta.json'):
     check(data_dir == 'data/builtin', f'{data / "meta.json"} is missing; make the data first: '
                                       f'python prepare.py --data_dir={data_dir} --dataset=... (--help tells more)')
     if rank == 0:
-        print('making the built-in corpus, once:')
+        say('making the built-in corpus, once:')
         made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', f'--data_dir={data_dir}',
                                '--dataset=builtin', '--tokenizer=bpe'])
         check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
@@ -302,6 +323,15 @@ try:
 except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
     config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
 
+def check_memory(shape, frozen=False):
+    """Refuse what surely does not fit on a CPU, which takes down more than this when memory ends; a GPU just says so."""
+    need = training_memory(shape, batch_size // sharing, block_size, 4, muon_lr and not frozen, False, world, fsdp)
+    need = need['activations'] if frozen else sum(need.values())
+    check(device_type != 'cpu' or need < 1.2 * memory_here(),
+          f'training this model, with its vocab_size of {shape.vocab_size:,}, takes about {need / 1e9:,.0f} GB, and '
+          f'here are {memory_here() / 1e9:,.0f}; take a smaller model or --batch_size')
+
+
 torch.manual_seed(seed)
 settings['vocab_size'] = vocab_size or vocabulary
 shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
@@ -309,12 +339,10 @@ in_shards = (fsdp and init_from == 'resume' and any(source.glob('shard-*'))  # o
              and not (source / 'adapter.json').exists())  # which are not all of the model
 place = 'meta' if fsdp and (rank or in_shards) else None  # of the weights of a model that is spread; the first has all
 try:
+    table = data / 'tokenizer.tiktoken'  # of our own tokenizers
+    table = read_bytes(table) if table.exists() else None
     if init_from == 'scratch':
-        need = sum(training_memory(GPTConfig(**shape), batch_size // sharing, block_size, 4, bool(muon_lr), False,
-                                   world, fsdp).values())
-        check(device_type != 'cpu' or need < 1.2 * memory_here(),
-              f'training this model, with its vocab_size of {shape["vocab_size"]:,}, takes about {need / 1e9:,.0f} GB, '
-              f'and here are {memory_here() / 1e9:,.0f}; take a smaller model or --batch_size')
+        check_memory(GPTConfig(**shape))
         with torch.device(place or 'cpu'):
             model, trained_on = GPT(GPTConfig(**shape)), block_size
     else:
@@ -326,6 +354,7 @@ try:
                                                         dict(router_aux_loss_coef=0.0))  # routers do not move then
         model = GPT.from_pretrained(source, getattr(torch, dtype) if frozen else torch.float32,
                                     place or ('cpu' if fsdp else device), experts or None, **changes)
+        check_memory(model.config, frozen)
         if lora_rank and not model.lora:
             model.add_lora(lora_rank, lora_alpha)
         check(not experts or model.lora, 'experts at four bits a value do not train: --experts=mxfp4 wants --lora_rank')
@@ -336,14 +365,14 @@ try:
         trained_on = None  # of a checkpoint that is not ours, and sees farther than any block_size of ours
         if (folder / 'meta.json').exists():
             theirs, ours = (read_json(where / 'meta.json') for where in (folder, data))
-            trained_on = theirs.get('block_size') and max(theirs['block_size'], block_size)
+            trained_on = theirs.get('block_size') and max(int(theirs['block_size']), block_size)
             for key, default in (('tokenizer', None), ('special_tokens', ['<|endoftext|>'])):
                 same = theirs.get(key, default) == ours.get(key, default)
                 if same and (folder / 'tokenizer.tiktoken').exists():
-                    same = len({(where / 'tokenizer.tiktoken').read_text() for where in (folder, data)}) == 1
+                    same = read_bytes(folder / 'tokenizer.tiktoken') == table
                 check(same, f'{source} was trained with another tokenizer than that of {data_dir}; prepare the data '
                             f'with --tokenizer={folder}')
-except (ValueError, OSError, KeyError, AttributeError) as error:
+except (ValueError, TypeError, OSError, KeyError, AttributeError) as error:
     config.fail(error)
 except (MemoryError, RuntimeError) as error:
     if not isinstance(error, MemoryError) and 'memory' not in str(error):
@@ -493,6 +522,7 @@ def to_device(split, starts):
     """The blocks of a split's tokens at these starts -> inputs and targets, int64 (B, T); target -1 does not count."""
     check_size(split)  # for what was mapped and is no longer there would end the process without a word
     block = torch.from_numpy(np.stack([tokens[split][i:i + block_size + 1] for i in starts]).astype(np.int64))
+    check(block.max() < vocab_size, f'{data / split}.bin has changed: it holds the token id {block.max()} now')
     if chats:
         trained = torch.from_numpy(np.stack([masks[split][i + 1:i + block_size + 1] for i in starts]))
         block = torch.cat((block, trained), dim=1)
@@ -577,7 +607,7 @@ def tokenizer_files():
         try:
             write_tokenizer(load_tokenizer(data), Path(folder))
         except ValueError as error:
-            print(f'(no tokenizer.json: {error})')
+            say(f'(no tokenizer.json: {error})')
         except SystemExit:
             pass  # its message is out
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
@@ -612,8 +642,8 @@ def write_checkpoint(name):
         for file, content in tokenizer_files().items():
             (new / file).write_bytes(content)
         (new / 'meta.json').write_text(json.dumps(meta | dict(block_size=trained_on), indent=2))
-        if (data / 'tokenizer.tiktoken').exists():
-            shutil.copy(data / 'tokenizer.tiktoken', new)
+        if table is not None:
+            (new / 'tokenizer.tiktoken').write_bytes(table)
         if name == 'last':
             (new / 'state.json').write_text(json.dumps(dict(
                 step=step, sequences=sequences, best_loss=best_loss, evaluated=evaluated, scaler=scaler.state_dict(),
@@ -651,10 +681,10 @@ def plot():
     try:
         import matplotlib
     except ImportError:
-        return print('(pip install matplotlib, and the next run draws loss.png)')
+        return say('(pip install matplotlib, and the next run draws loss.png)')
     matplotlib.use('agg')
     from matplotlib import pyplot
-    rows = [json.loads(line) for line in open(out / 'metrics.jsonl')]
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
 
     def curve(axes, key, label, style='-', pick=float):
         points = [(row['step'], pick(row[key])) for row in rows if row.get(key) is not None]
@@ -673,11 +703,9 @@ def plot():
     experts.set(xlabel='step', ylim=(0, None))
     for axes in (losses, experts):
         axes.legend()
-    try:
-        pyplot.savefig(out / 'loss.new', format='png', dpi=120)
-        (out / 'loss.new').replace(out / 'loss.png')
-    except OSError as error:
-        print(f'(no loss.png: {error})')
+    (out / 'loss.new').unlink(missing_ok=True)
+    pyplot.savefig(out / 'loss.new', format='png', dpi=120)
+    (out / 'loss.new').replace(out / 'loss.png')
 
 
 def schedule(step):
@@ -705,13 +733,12 @@ if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock_out_dir()
         check(init_from == 'resume' or overwrite or not find_run(), holds_run)  # as yet
-        (out / '.launch').write_text(mine)
         kept = []
         if init_from != 'resume':
             for leftover in ('last', 'last.old', 'last.damaged', 'best', 'best.old'):
                 shutil.rmtree(out / leftover, ignore_errors=True)
         elif (out / 'metrics.jsonl').exists():  # what was logged after the checkpoint will be logged again
-            for line in (out / 'metrics.jsonl').read_text(errors='replace').splitlines(keepends=True):
+            for line in read_bytes(out / 'metrics.jsonl', 2 ** 32).decode(errors='replace').splitlines(keepends=True):
                 try:
                     row = json.loads(line)
                     kept += [line] if (row['step'], 'val_loss' in row) <= (step, evaluated) else []
@@ -722,10 +749,13 @@ if rank == 0:
         if init_from == 'resume' and source != checkpoints[0]:
             shutil.rmtree(out / 'last.damaged', ignore_errors=True)
             checkpoints[0].rename(out / 'last.damaged')
-        (out / 'metrics.new').write_text(''.join(kept))
-        config.sync(out / 'metrics.new')
-        (out / 'metrics.new').replace(out / 'metrics.jsonl')
-    except OSError as error:
+        for name, content in (('.launch', mine), ('metrics.jsonl', ''.join(kept))):
+            new = out / f'{name}.new'
+            new.unlink(missing_ok=True)  # through a link it would be another file that is written
+            new.write_text(content)
+            config.sync(new)
+            new.replace(out / name)
+    except (OSError, ValueError) as error:
         config.fail(f'cannot write to {out_dir}: {error}')
 together(dist.barrier)
 
@@ -735,6 +765,8 @@ def stop(number, frame):
     if stopped_by and number == signal.SIGINT and not distributed:  # Ctrl-C again; torchrun passes the first one on
         raise KeyboardInterrupt
     stopped_by = signal.Signals(number).name
+    with suppress(OSError, AttributeError):  # not by print, amid which this may come
+        os.write(sys.stderr.fileno(), f'\n{stopped_by}: stopping when this step is done\n'.encode() * (rank == 0))
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 
@@ -747,10 +779,9 @@ if distributed and not fsdp:
     warnings.filterwarnings('ignore', '.*broadcast_buffers')  # which newer releases of torch call otherwise
     run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False, gradient_as_bucket_view=True)
 flops, peak = model.flops_per_token(block_size), peak_flops(device, dtype)
-if rank == 0:
-    print(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
-          f'{sizes["train"]:,} training tokens; {f"{world} x " if distributed else ""}{device}, {dtype}'
-          f'{", compiled" if use_compile else ""}')
+say(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
+    f'{sizes["train"]:,} training tokens; {f"{world} x " if distributed else ""}{device}, {dtype}'
+    f'{", compiled" if use_compile else ""}')
 progress = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True, disable=rank > 0)
 first, busy = step, 0.0  # busy: seconds spent training since the last row
 micro_steps = gradient_accumulation_steps * sharing // world
@@ -773,8 +804,7 @@ try:
                 health += f', the busiest expert gets {busiest:.1f} times an equal share'
             if step and any(report['dead_experts']):
                 health += f', {sum(report["dead_experts"])} experts get no token'
-            if rank == 0:
-                progress.write(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
+            say(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
             if step and val_loss < best_loss:
                 best_loss = val_loss
                 write_checkpoint('best')
@@ -861,16 +891,18 @@ finally:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 if stopping or not evaluated:
-    if rank == 0:
-        how = f'torchrun --nproc_per_node={world}' if distributed else 'python'
-        print(f'{stopped_by or "another process"}: stopped after step {step}; ' + (
-            f'to go on:\n{how} {sys.argv[0]} --out_dir={out_dir} --init_from=resume{" --fsdp=True" if fsdp else ""}'
-            if step else 'there is nothing yet to go on from'))
+    how = f'torchrun --standalone --nproc_per_node={world}' if distributed else 'python'
+    say(f'{stopped_by or "another process"}: stopped after step {step}; ' + (
+        f'to go on:\n{how} {shlex.quote(sys.argv[0])} {shlex.quote(f"--out_dir={out_dir}")} --init_from=resume'
+        f'{" --fsdp=True" if fsdp else ""}' if step else 'there is nothing yet to go on from'))
     raise SystemExit(0)
 if rank == 0:
-    plot()
-    print(f'done: best val loss {best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, '
-          f'{out / "metrics.jsonl"} the numbers')
+    try:
+        plot()
+    except (OSError, ValueError, TypeError, KeyError) as error:  # of rows that are none, too
+        say(f'(no loss.png: {error})')
+folders = f'{out / "best"} and {out / "last"} hold' if best_loss < math.inf else f'{out / "last"} holds'
+say(f'done: best val loss {best_loss:.4f}; {folders} the model, {out / "metrics.jsonl"} the numbers')
 if sample_tokens and (rank == 0 or fsdp):
     from prepare import Chat, encode_prompt, load_tokenizer, stop_tokens
     try:
@@ -885,9 +917,8 @@ if sample_tokens and (rank == 0 or fsdp):
                               stop=() if fsdp else stop_tokens(encoder))  # FSDP's processes must all do as many steps
         text, stops = text[0].tolist(), stop_tokens(encoder)
         end = next((i for i, token in enumerate(text, 1) if i > len(prompt) and token in stops), None)
-        if rank == 0:
-            print(f'\n{encoder.decode(text[:end]).removesuffix("<|endoftext|>")}')
+        say(f'\n{encoder.decode(text[:end]).removesuffix("<|endoftext|>")}')
     except (ValueError, RuntimeError, SystemExit) as error:  # the training is done all the same
-        print(f'no sample: {error}')
+        say(f'no sample: {error}')
 if distributed:
     dist.destroy_process_group()

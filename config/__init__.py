@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,13 @@ def sync(*paths):
             os.close(handle)
 
 
+def enclosing_checkpoint(path):
+    """The checkpoint of a run that a path is, or lies in; what is written there would count as damage."""
+    path = Path(path).absolute()
+    return next((folder for folder in (path, *path.parents)
+                 if all(os.path.exists(folder / file) for file in ('SHA256SUMS', 'meta.json'))), None)
+
+
 def declared(path, class_name=None):
     """{name: (type, default, meaning)} of the assignments at the top of a script, or of a dataclass in it."""
     source = path.read_text(encoding='utf-8')
@@ -78,7 +86,7 @@ def declared(path, class_name=None):
 def convert(key, value, kind):
     """value, a flag's text or a config file's object, as the type named kind; fails with one line if it is none."""
     wanted, _, optional = kind.partition(' | ')
-    if wanted == 'str' and isinstance(value, str):
+    if wanted == 'str' and isinstance(value, str) and '\0' not in value:  # of which no name of a file can be
         return value
     result = value
     if isinstance(value, str):
@@ -92,7 +100,7 @@ def convert(key, value, kind):
                 fail(f'{key} is {value!r}; it wants {article(kind)}')
     if result is None and optional:
         return None
-    number = isinstance(result, int | float) and not isinstance(result, bool) and math.isfinite(result)
+    number = isinstance(result, int | float) and not isinstance(result, bool) and abs(result) <= sys.float_info.max
     if wanted == 'float' and number:
         return float(result)
     if wanted == 'int' and number and result == int(result):  # 1e5 is a whole number too
@@ -164,9 +172,9 @@ def run_file(path, values):
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
         exec(compile(tree, path, 'exec'), names)
-    except Exception as error:  # whatever a file can raise, the user wants to know the place
-        line = getattr(error, 'lineno', None) or (
-            error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno)
+    except (Exception, SystemExit) as error:  # whatever a file can raise, the user wants to know the place
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = getattr(error, 'lineno', None) or frames and frames[-1].lineno
         fail(f'{path}{f", line {line}" if line else ""}: {type(error).__name__}: {error}')
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return {key: names[key] for key in names if key in stored and not key.startswith('_')}
