@@ -1329,7 +1329,7 @@ def find_checkpoint(path):
 
 
 def save_file(tensors, path):
-    """Write {name: tensor} as safetensors, which by itself lets no one else read them, with the rights files get here."""
+    """Write {name: tensor} as a safetensors file, which others may read as they may what else is written here."""
     from safetensors.torch import save_file
     save_file(tensors, path, {'format': 'pt'})
     umask = os.umask(0)
@@ -1338,7 +1338,7 @@ def save_file(tensors, path):
 
 
 def read_bytes(path, limit=2 ** 26):
-    """What is in a file. Raises ValueError for a pipe or device, which may never end, and for more than so many bytes."""
+    """What is in a file. Raises ValueError for a pipe or device, which may never end, and for more bytes than that."""
     if not os.path.isfile(path) and os.path.exists(path):
         raise ValueError(f'{path} is no regular file')
     if os.stat(path).st_size > limit:
@@ -1409,7 +1409,7 @@ RENAMES = (('unembedding.', 'lm_head.'), ('embedding.', 'model.embed_tokens.'), 
 
 
 class Stored:
-    """The tensors of safetensors files: parts {name: [(first row, path)]}, for FSDP's ranks write some rows each.
+    """The tensors of safetensors files: parts {name: [(first row, path, shape)]}: FSDP's ranks write some rows each.
 
     Headers are checked by the safetensors package: their length, and that the tensors fill the file. A file is opened
     anew for each tensor, for what was read from it stays in memory as long as it is open. Raises ValueError.
@@ -1426,7 +1426,11 @@ class Stored:
                     first, *_ = (rows[name]['saved_offsets'] if name in rows else None) or [0]
                     if type(first) is not int:
                         raise ValueError(f'{name} begins at {first!r:.40}')
-                    self.parts.setdefault(name, []).append((first, path))
+                    kind = file.get_slice(name).get_dtype()
+                    packed = kind == 'U8' and name.endswith(('scales', 'blocks'))
+                    if kind not in ('F64', 'F32', 'F16', 'BF16') and not packed:
+                        raise ValueError(f'{name} holds {kind}, which is no weight')
+                    self.parts.setdefault(name, []).append((first, path, tuple(file.get_slice(name).get_shape())))
         if not self.parts:
             raise ValueError(f'{folder} has no model*.safetensors, or no tensors in them')
         for name, parts in self.parts.items():
@@ -1444,19 +1448,16 @@ class Stored:
     def get(self, name, shape_only=False):
         """The tensor of this name, or one on meta that has its shape."""
         parts, rows = [], 0
-        for first, path in self.parts[name]:
-            with self.opened(path) as file:
-                kind = file.get_slice(name).get_dtype()
-                packed = kind == 'U8' and name.endswith(('scales', 'blocks'))
-                if kind not in ('F64', 'F32', 'F16', 'BF16') and not packed:
-                    raise ValueError(f'{name} holds {kind}, which is no weight')
-                shape = file.get_slice(name).get_shape()
-                parts.append(torch.empty(shape, device='meta') if shape_only else file.get_tensor(name))
-            if first != rows:
-                raise ValueError(f'{path}: {name} begins at row {first}, but {rows} rows come before')
-            rows += len(parts[-1]) if parts[-1].dim() else 0
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise ValueError(f'{path}: the parts of {name} differ in shape')
+        for first, path, shape in self.parts[name]:
+            if first != rows or shape[1:] != self.parts[name][0][2][1:]:
+                raise ValueError(f'{path}: {name} {shape} begins at row {first}, but {rows} rows come before, of '
+                                 f'{self.parts[name][0][2]}')
+            rows += shape[0] if shape else 0
+            if shape_only:
+                parts.append(torch.empty(shape, device='meta'))
+            else:
+                with self.opened(path) as file:
+                    parts.append(file.get_tensor(name))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -1747,6 +1747,13 @@ def test_resume_with_other_intervals(undisturbed, tmp_path):
     assert [row['step'] for row in ours if 'val_loss' in row] == [0, 5, 10, 16, 20, 24]
     assert [row['step'] for row in ours if 'train_loss' in row] == [3, 6, 9, 12, 15, 18, 21, 24]
     assert ours[-1]['val_loss'] == theirs[-1]['val_loss']
+    # killed before the next checkpoint, so that the evaluation of the last one is made again though it is not due
+    ended(start(log, 'train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={tmp_path}/killed', *SHORT,
+                trap=('step', 8, signal.SIGKILL)), log)
+    status, printed = ended(start(log, 'train.py', f'--out_dir={tmp_path}/killed', '--init_from=resume',
+                                  '--eval_interval=8'), log)
+    assert status == 0, printed
+    assert [row['step'] for row in metrics(tmp_path / 'killed') if 'val_loss' in row] == [0, 6, 8, 16, 24]
     for file in ('model.safetensors', 'optimizer.safetensors'):
         a, b = load_file(out / 'last' / file), load_file(undisturbed[1] / 'last' / file)
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -1963,6 +1970,55 @@ def test_long_adapters_of_two_processes(undisturbed, tmp_path):
     assert_close_runs(many, one)
 
 
+def reseal(folder):
+    """Write SHA256SUMS anew, as a stranger may."""
+    lines = [f'{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n' for name in os.listdir(folder)
+             if name != 'SHA256SUMS']
+    (folder / 'SHA256SUMS').write_text(''.join(sorted(lines)))
+
+
+def test_hostile_run(undisturbed, tmp_path):
+    """What no run could have written is refused; what others leave in its folder is no damage, nor is it followed."""
+    out, victim = tmp_path / 'out', tmp_path / 'victim'
+    resume = ['train.py', f'--out_dir={out}', '--init_from=resume', '--max_iters=25']
+
+    def anew():
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(undisturbed[1], out)
+        shutil.rmtree(out / 'last.old')
+
+    for change in (dict(best_loss=math.nan), dict(losses=[[1.0]]), dict(losses='x'), dict(bad_steps=[0]), dict(owed=1),
+                   dict(sequences=-1), dict(step=10 ** 40), dict(scaler=dict(scale='x')), dict(load=[['x']]),
+                   dict(settings=dict(batch_size=2.5)), dict(settings=dict(seed='x')), dict(settings=[])):
+        anew()
+        state = json.loads((out / 'last/state.json').read_text())
+        if isinstance(settings := change.get('settings'), dict):
+            change = dict(settings=state['settings'] | settings)
+        (out / 'last/state.json').write_text(json.dumps(state | change))
+        reseal(out / 'last')
+        refused(run(*resume), 'last is damaged')
+    anew()
+    moments = load_file(out / 'last/optimizer.safetensors')
+    save_file({name: tensor * math.nan for name, tensor in moments.items()}, out / 'last/optimizer.safetensors')
+    reseal(out / 'last')
+    refused(run(*resume), 'finite')
+    anew()
+    os.mkfifo(out / 'last/pipe')
+    refused(run(*resume), 'pipe')
+    anew()
+    refused(run('train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}/best/new', *SHORT), 'is a checkpoint')
+    refused(run('train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', f'--init_from={out}/best', *SHORT,
+                '--overwrite'), 'would overwrite')
+    refused(run(*resume, '--batch_size=100000000'), 'GB')
+    refused(run('sample.py', f'--out_dir={out}', f'--export={out}/last/new'), 'would damage')
+    victim.write_text('precious')
+    (out / 'metrics.jsonl.new').symlink_to(victim), (out / 'loss.new').symlink_to(victim)
+    (out / '.launch').symlink_to(victim), (out / '.launch.new').symlink_to(victim)
+    (out / 'last/.DS_Store').write_text('')
+    assert run(*resume, plots=True)[0] == 0 and victim.read_text() == 'precious'
+    assert (out / 'last/model.safetensors').stat().st_mode == (out / 'last/config.json').stat().st_mode
+
+
 def test_longer(undisturbed, tmp_path):
     """A finished run that is made longer keeps what it logged."""
     shutil.copytree(undisturbed[1], tmp_path / 'out')
@@ -2156,9 +2212,7 @@ def train_mutated(rng, folder):
         file.write_bytes(mutated(rng, file.read_bytes()))
     sums = there / 'out/last/SHA256SUMS'
     if file != sums and rng.random() < 0.7:  # by someone who writes the sums anew
-        lines = [f'{hashlib.sha256((sums.parent / name).read_bytes()).hexdigest()}  {name}\n'
-                 for name in sorted(os.listdir(sums.parent)) if name != sums.name]
-        sums.write_text(''.join(sorted(lines)))
+        reseal(sums.parent)
     result = run('train.py', *options)
     if result[0]:
         refused(result)
@@ -2282,6 +2336,7 @@ def test_not_finite(tmp_path):
     for p, q in zip(before.parameters(), after.parameters()):
         assert torch.equal(p, q)
     assert [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()][-1]['skipped'] == 10
+    refused(run('train.py', f'--out_dir={out}', '--init_from=resume'), 'not finite', '20 steps in a row')
 
 
 def test_learn(tmp_path):

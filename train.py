@@ -32,6 +32,7 @@ import warnings
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -166,7 +167,8 @@ def checksums(folder):
     """SHA256SUMS for the files in a folder, as sha256sum writes it. When this returns they are on the disk, and not
     only on their way there. The processes share the work."""
     lines = []
-    for file in sorted(file for file in folder.iterdir() if file.name != 'SHA256SUMS')[rank::world]:
+    files = [file for file in folder.iterdir() if not file.name.startswith(('.', 'SHA256SUMS'))]  # .DS_Store, .nfs...
+    for file in sorted(files)[rank::world]:
         digest = hashlib.sha256()
         try:
             if not file.is_file():
@@ -184,15 +186,29 @@ def checksums(folder):
 
 
 def read_state(folder):
-    """state.json of a checkpoint. Raises ValueError if anything in the folder is not as it was written."""
+    """What state.json of a checkpoint tells, as a namespace. Raises ValueError if anything in the folder is not as it
+    was written, or tells what no run could."""
     try:
         found, written = checksums(folder), read_bytes(folder / 'SHA256SUMS').decode()
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{type(error).__name__}: {error}') from error
-    if written != found:
         changed = {line.split()[-1] for line in set(written.splitlines()) ^ set(found.splitlines()) if line.split()}
-        raise ValueError(f'not as SHA256SUMS tells: {", ".join(sorted(changed))}'[:200])
-    return read_json(folder / 'state.json')
+        if changed:
+            raise ValueError(f'not as SHA256SUMS tells: {", ".join(sorted(changed))}'[:200])
+        state = SimpleNamespace(**read_json(folder / 'state.json'))
+        state.losses, state.entropy = torch.tensor(state.losses), torch.tensor(state.entropy)
+        state.load, state.wandb = torch.tensor(state.load, dtype=torch.int64), str(state.wandb or '')
+        known = config.settings_of(__file__, model=True)
+        state.settings = {key: config.convert(key, value, known[key][0])
+                          for key, value in state.settings.items() if key in known}
+        counters, scaling = [state.step, state.sequences, *state.bad_steps], list(state.scaler.values())
+        if len(counters) != 4 or not all(type(counter) is int and 0 <= counter < 2 ** 62 for counter in counters):
+            raise ValueError(f'step, sequences and bad_steps are {counters}')
+        if not all(type(number) in (int, float) and 0 <= number < math.inf for number in scaling):
+            raise ValueError(f'scaler is {state.scaler}')
+        if type(state.owed) is not bool or not state.best_loss > -math.inf or state.losses.dim() != 1:
+            raise ValueError(f'owed is {state.owed}, best_loss {state.best_loss}, losses {state.losses.tolist()}')
+        return state
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise ValueError(f'{type(error).__name__}: {str(error):.300}') from error
 
 
 def find_run():
@@ -225,36 +241,29 @@ if rank == 0:
 together(dist.barrier)
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
 mine = launch if launch != 'none' else f'process {os.getppid()}'  # torchrun's, the same after a restart
-again = torch.tensor([restarts, rank == 0 and (out / '.launch').is_file() and
-                      (out / '.launch').read_bytes()[:999] == mine.encode()])
-if all(summed(again)) and checkpoints:  # started anew by torchrun --max-restarts, as one machine at least can tell
+same = rank == 0 and (out / '.launch').is_file() and (out / '.launch').read_bytes()[:999] == mine.encode()
+restarted, same = summed(torch.tensor([restarts, same]))  # of several machines not all count a restart
+if restarted and same and checkpoints:  # started anew by torchrun --max-restarts
     settings['init_from'] = 'resume'
+elif rank == 0:
+    with suppress(OSError):
+        (out / '.launch').unlink()  # an earlier launch's, for whom a restart of this one would take itself
 check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')
 if settings['init_from'] == 'resume':  # with the run's own settings, but for what is asked for now
     for source in checkpoints:
         try:
             state = read_state(source)
-            step, sequences, best_loss = int(state['step']), int(state['sequences']), float(state['best_loss'])
-            evaluated, losses = bool(state['evaluated']), torch.tensor(state['losses']).flatten()
-            bad_steps = [int(number) for number in state['bad_steps']]
-            counted = torch.tensor(state['load'], dtype=torch.int64), torch.tensor(state['entropy'])
-            remembered = dict(state['settings'])
-            counters = [step, sequences, *bad_steps]
-            if len(counters) != 4 or not all(0 <= counter < 2 ** 62 for counter in counters) or math.isnan(best_loss):
-                raise ValueError(f'best_loss is {best_loss}; step, sequences and bad_steps are {counters}')
-            for key, value in remembered.items():
-                now = settings.get(key)
-                if now is not None and type(value) is not type(now) and not {type(value), type(now)} <= {int, float}:
-                    raise ValueError(f'{key} is {value!r}')
             break
-        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
-            damage = f'{source} is damaged ({type(error).__name__}: {error})'
+        except ValueError as error:
+            damage = f'{source} is damaged ({error})'
             check(source != checkpoints[-1], f'{damage}; start anew from the weights, if they are whole, with '
                                              f'--init_from={source} and another --out_dir')
             if rank == 0:
                 print(f'{damage}; going on from {checkpoints[-1]}', file=sys.stderr)
     kept = settings.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}
-    settings |= {key: value for key, value in remembered.items() if key in kept}
+    settings |= {key: value for key, value in state.settings.items() if key in kept}
+else:
+    state = SimpleNamespace(step=0, sequences=0, best_loss=math.inf, owed=True, losses=[], bad_steps=[0, 0], wandb='')
 globals().update(settings)
 
 for key in 'batch_size block_size gradient_accumulation_steps max_iters eval_interval log_interval'.split():
@@ -306,11 +315,11 @@ if not os.path.exists(data / 'meta.json'):
         made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', f'--data_dir={data_dir}',
                                '--dataset=builtin', '--tokenizer=bpe'])
         check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
-    together(dist.barrier)
+together(dist.barrier)
 try:
     meta = read_json(data / 'meta.json')
     sizes = {split: meta[f'{split}_tokens'] for split in ('train', 'val')}
-    token_dtype, vocabulary = np.dtype(meta['dtype']), meta['vocab_size']
+    token_dtype, vocabulary = np.dtype(dict(uint16='uint16', uint32='uint32')[meta['dtype']]), meta['vocab_size']
     end_of_text, chats = meta.get('eot_token', -1), 'val_targets' in meta  # chats: with masks of what to train on
     bytes_per_token = meta['val_bytes'] / meta['val_targets' if chats else 'val_tokens']
     perfect = float(meta.get('perfect_loss', 'nan'))
@@ -318,13 +327,11 @@ try:
     numbers += [meta[f'{split}_targets'] for split in sizes if chats]
     if not all(isinstance(n, int) and 0 < n < 2 ** 62 for n in numbers) or vocabulary >= 2 ** 31:
         raise ValueError(f'sizes {numbers}')
-    if token_dtype.name not in ('uint16', 'uint32'):
-        raise ValueError(f'dtype {token_dtype}')
 except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
     config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
 
 def check_memory(shape, frozen=False):
-    """Refuse what surely does not fit on a CPU, which takes down more than this when memory ends; a GPU just says so."""
+    """Refuse what surely does not fit on a CPU, whose end of memory hits others too; a GPU just says so."""
     need = training_memory(shape, batch_size // sharing, block_size, 4, muon_lr and not frozen, False, world, fsdp)
     need = need['activations'] if frozen else sum(need.values())
     check(device_type != 'cpu' or need < 1.2 * memory_here(),
@@ -350,8 +357,9 @@ try:
         asked = given & shape.keys() | {'router_aux_loss_coef', *(['attention_dropout'] if 'dropout' in given else [])}
         folder = find_checkpoint(source)
         frozen = lora_rank or (folder / 'adapter.json').exists()
-        changes = {key: shape[key] for key in asked} | ({} if not frozen or 'router_aux_loss_coef' in given else
-                                                        dict(router_aux_loss_coef=0.0))  # routers do not move then
+        changes = {key: shape[key] for key in asked}
+        if frozen and init_from != 'resume' and 'router_aux_loss_coef' not in given:
+            settings['router_aux_loss_coef'] = changes['router_aux_loss_coef'] = 0.0  # for routers do not move then
         model = GPT.from_pretrained(source, getattr(torch, dtype) if frozen else torch.float32,
                                     place or ('cpu' if fsdp else device), experts or None, **changes)
         check_memory(model.config, frozen)
@@ -433,31 +441,33 @@ def moments():
             for key, value in state.items()}
 
 
-if init_from != 'resume':
-    step, sequences, best_loss, evaluated, losses, bad_steps = 0, 0, math.inf, False, [], [0, 0]
-else:
-    check(step < max_iters or step == max_iters and not evaluated,
+for optimizer in optimizers:  # from the beginning, for a checkpoint may come before the first step that is not skipped
+    for p in (p for group in optimizer.param_groups for p in group['params']):
+        optimizer.state[p] = {key: torch.zeros_like(p) for key in (
+            ['momentum'] if isinstance(optimizer, Muon) else ['exp_avg', 'exp_avg_sq'])}
+        if not isinstance(optimizer, Muon):
+            optimizer.state[p]['step'] = torch.zeros((), device=device if optimizer.defaults['fused'] else 'cpu')
+step, sequences, best_loss, owed = state.step, state.sequences, state.best_loss, state.owed
+if init_from == 'resume':
+    check(step < max_iters or step == max_iters and owed,
           f'{source} has done {step} steps of max_iters = {max_iters}; a larger --max_iters goes on')
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-    for optimizer in optimizers:
-        for p in (p for group in optimizer.param_groups for p in group['params']):
-            optimizer.state[p] = {key: torch.zeros_like(p) for key in (
-                ['momentum'] if isinstance(optimizer, Muon) else ['exp_avg', 'exp_avg_sq'])}
-            if not isinstance(optimizer, Muon):
-                optimizer.state[p]['step'] = torch.zeros((), device=device)
     saved = moments() | ({name: p for name, p in model.named_parameters() if p.requires_grad} if in_shards else {})
     try:
-        if state['scaler'] and scaler.is_enabled():
-            scaler.load_state_dict(state['scaler'])
+        if state.scaler and scaler.is_enabled():
+            scaler.load_state_dict(state.scaler)
         quietly(load, saved, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not distributed)
+        for value in moments().values():
+            if not (value.to_local() if hasattr(value, 'to_local') else value).isfinite().all():
+                raise ValueError('not all of it is finite')
         if rank == 0:  # who alone has what all have counted
-            for layer, chosen, entropy in zip(model.model.layers, *counted):
+            for layer, chosen, entropy in zip(model.model.layers, state.load, state.entropy):
                 layer.mlp.load.copy_(chosen), layer.mlp.entropy.copy_(entropy)
-        losses = list(losses.to(device))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         config.fail(f'{source} does not hold what these optimizers remember ({type(error).__name__}: {error}); start '
                     f'anew from the weights with --init_from={source} and another --out_dir')
-skipped, skipped_in_a_row = torch.tensor(bad_steps, device=device).float()  # on the device, so that no step waits
+losses = [loss.to(device) for loss in state.losses]  # of the steps since the last row of metrics.jsonl
+skipped, skipped_in_a_row = torch.tensor(state.bad_steps, device=device).float()  # on the device, so that no step waits
 
 
 masks = {}  # of chats
@@ -599,6 +609,28 @@ def expert_report():
                 dead_experts=(load == 0).sum(1).tolist(), router_entropy=entropy.tolist())
 
 
+def evaluate_and_report():
+    """What is owed every eval_interval steps, and the best checkpoint; False if asked to stop meanwhile: then a resumed
+    run owes it still."""
+    global owed, best_loss
+    if (val_loss := evaluate()) is None:
+        return False
+    row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
+    goal, health = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})', ''
+    report = expert_report() if step else {}
+    log(**row, **report)
+    if step and (busiest := max(report['expert_load_max']) * model.config.num_local_experts) > 1.5:
+        health += f', the busiest expert gets {busiest:.1f} times an equal share'
+    if step and any(report['dead_experts']):
+        health += f', {sum(report["dead_experts"])} experts get no token'
+    say(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
+    owed = False
+    if step and val_loss < best_loss:
+        best_loss = val_loss
+        write_checkpoint('best')
+    return True
+
+
 @lru_cache
 def tokenizer_files():
     """{name: content} of the files by which transformers has the tokenizer too, if it can be had."""
@@ -646,9 +678,10 @@ def write_checkpoint(name):
             (new / 'tokenizer.tiktoken').write_bytes(table)
         if name == 'last':
             (new / 'state.json').write_text(json.dumps(dict(
-                step=step, sequences=sequences, best_loss=best_loss, evaluated=evaluated, scaler=scaler.state_dict(),
-                losses=[loss.item() for loss in losses], bad_steps=[skipped.item(), skipped_in_a_row.item()],
-                load=load.tolist(), entropy=entropy.tolist(), settings=settings), indent=2))
+                step=step, sequences=sequences, best_loss=best_loss, owed=owed, scaler=scaler.state_dict(),
+                losses=[loss.item() for loss in losses], bad_steps=[int(skipped), int(skipped_in_a_row)],
+                load=load.tolist(), entropy=entropy.tolist(), wandb=wandb_log and wandb.run.id, settings=settings),
+                indent=2))
     together(dist.barrier)
     sums = checksums(new)
     if 'unreadable' in sums:
@@ -722,12 +755,6 @@ def schedule(step):
 
 # --- the loop -------------------------------------------------------------------------------------------------------
 
-if wandb_log and rank == 0:
-    try:
-        import wandb
-    except ImportError:
-        config.fail('wandb_log needs wandb: pip install wandb')
-    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings)
 if rank == 0:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -741,7 +768,7 @@ if rank == 0:
             for line in read_bytes(out / 'metrics.jsonl', 2 ** 32).decode(errors='replace').splitlines(keepends=True):
                 try:
                     row = json.loads(line)
-                    kept += [line] if (row['step'], 'val_loss' in row) <= (step, evaluated) else []
+                    kept += [line] if (row['step'], 'val_loss' in row) <= (step, not owed) else []
                 except (ValueError, KeyError, TypeError):
                     pass  # a line that a crash cut short
         if not (out / 'best').exists() and (out / 'best.old').exists() and init_from == 'resume':
@@ -757,6 +784,15 @@ if rank == 0:
             new.replace(out / name)
     except (OSError, ValueError) as error:
         config.fail(f'cannot write to {out_dir}: {error}')
+if wandb_log and rank == 0:
+    try:
+        import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings, id=state.wandb or None,
+                   resume='allow')
+    except ImportError:
+        config.fail('wandb_log needs wandb: pip install wandb')
+    except Exception as error:  # of a dozen kinds: no key, no network
+        config.fail(f'wandb cannot start ({type(error).__name__}: {error}); see to it, or --wandb_log=False')
 together(dist.barrier)
 
 stopped_by = None
@@ -783,36 +819,19 @@ say(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):
     f'{sizes["train"]:,} training tokens; {f"{world} x " if distributed else ""}{device}, {dtype}'
     f'{", compiled" if use_compile else ""}')
 progress = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True, disable=rank > 0)
-first, busy = step, 0.0  # busy: seconds spent training since the last row
+first, busy, finished = step, 0.0, False  # busy: seconds spent training since the last row
 micro_steps = gradient_accumulation_steps * sharing // world
 try:
     while True:
-        due, stopping = step % eval_interval == 0 or step == max_iters, asked_to_stop()
-        if step > first and (stopping or due):
+        stopping = asked_to_stop()
+        if step > first and (stopping or owed):
             write_checkpoint('last')
-        if stopping:
+        if stopping or owed and not evaluate_and_report():
             break
-        if due and not evaluated:
-            if (val_loss := evaluate()) is None:  # asked to stop; a resumed run evaluates anew
-                break
-            report = expert_report() if step else {}
-            row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
-            log(**row, **report)
-            goal = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
-            health = ''
-            if step and (busiest := max(report['expert_load_max']) * model.config.num_local_experts) > 1.5:
-                health += f', the busiest expert gets {busiest:.1f} times an equal share'
-            if step and any(report['dead_experts']):
-                health += f', {sum(report["dead_experts"])} experts get no token'
-            say(f'step {step}: val loss {val_loss:.4f}{goal}, {row["val_bpb"]:.4f} bits a byte{health}')
-            if step and val_loss < best_loss:
-                best_loss = val_loss
-                write_checkpoint('best')
         if step == max_iters:
-            evaluated = True
             write_checkpoint('last')
+            finished = True
             break
-        evaluated = False
 
         began = time.perf_counter()
         for optimizer, highest in zip(optimizers, (learning_rate, muon_lr)):
@@ -850,6 +869,7 @@ try:
         model.zero_grad(set_to_none=True)
         sequences += batch_size * gradient_accumulation_steps
         step += 1
+        owed = step % eval_interval == 0 or step == max_iters
         losses.append(loss)
 
         if step % log_interval == 0 or step == max_iters:
@@ -890,7 +910,7 @@ finally:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-if stopping or not evaluated:
+if not finished:
     how = f'torchrun --standalone --nproc_per_node={world}' if distributed else 'python'
     say(f'{stopped_by or "another process"}: stopped after step {step}; ' + (
         f'to go on:\n{how} {shlex.quote(sys.argv[0])} {shlex.quote(f"--out_dir={out_dir}")} --init_from=resume'

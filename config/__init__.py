@@ -84,7 +84,7 @@ def declared(path, class_name=None):
 
 
 def convert(key, value, kind):
-    """value, a flag's text or a config file's object, as the type named kind; fails with one line if it is none."""
+    """value, a flag's text or a config file's object, as the type named kind. Raises ValueError if it is none."""
     wanted, _, optional = kind.partition(' | ')
     if wanted == 'str' and isinstance(value, str) and '\0' not in value:  # of which no name of a file can be
         return value
@@ -97,7 +97,7 @@ def convert(key, value, kind):
                 result = ast.literal_eval(
                     {'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
             except (ValueError, SyntaxError, MemoryError, RecursionError):
-                fail(f'{key} is {value!r}; it wants {article(kind)}')
+                pass  # and is none of what follows
     if result is None and optional:
         return None
     number = isinstance(result, int | float) and not isinstance(result, bool) and abs(result) <= sys.float_info.max
@@ -109,7 +109,7 @@ def convert(key, value, kind):
         return result
     if wanted.startswith('list') and isinstance(result, list) and all(isinstance(item, str) for item in result):
         return result
-    fail(f'{key} is {value!r}; it wants {article(kind)}')
+    raise ValueError(f'{key} is {value!r:.200}; it wants {article(kind)}')
 
 
 def article(kind):
@@ -123,16 +123,21 @@ def nearest(key, valid):
     return f'did you mean {close[0]}?' if close else ''
 
 
-def read(script, model=False, also=None):
-    """The settings of a script (its __file__) as {name: value}, and the set of names that a file or a flag gave.
+def settings_of(script, model=False, also=None):
+    """{name: (type, default, meaning)} of all settings of a script (its __file__).
 
     With model=True every field of GPTConfig is a setting too, unless the script declares it with a default of its
     own, and with `also` so is what another script declares.
     """
-    fields = declared(ROOT / 'model.py', 'GPTConfig')
     own = declared(Path(script))
-    for more in ([declared(ROOT / also)] if also else []) + ([fields] if model else []):
+    for more in (declared(ROOT / also) if also else {}, declared(ROOT / 'model.py', 'GPTConfig') if model else {}):
         own |= {key: entry for key, entry in more.items() if key not in own}
+    return own
+
+
+def read(script, model=False, also=None):
+    """The settings of a script as {name: value}, see settings_of, and the set of names that a file or a flag gave."""
+    own, fields = settings_of(script, model, also), declared(ROOT / 'model.py', 'GPTConfig')
     known = {key: entry for name in SCRIPTS for key, entry in declared(ROOT / name).items()} | own | fields
     values, given = {key: default for key, (_, default, _) in own.items()}, set()
     for argument in sys.argv[1:]:
@@ -141,25 +146,28 @@ def read(script, model=False, also=None):
             for key, (_, default, meaning) in own.items():
                 print(f'  --{key}={default!r}'.ljust(44) + f'  {meaning or known[key][2]}')
             raise SystemExit(0)
-        if argument.startswith('--'):
-            key, equals, value = argument[2:].partition('=')
-            key = key.replace('-', '_')
-            if key not in own:
-                fail(f'there is no setting {key!r}; {nearest(key, own)} (--help lists all)')
-            if not equals and own[key][0] == 'bool':  # --overwrite is --overwrite=True
-                equals, value = True, 'True'
-            if not equals:
-                fail(f'--{key} needs a value: --{key}={own[key][1]!r}, for instance')
-            given.add(key)
-            values[key] = convert('--' + key, value, own[key][0])
-        else:
-            for key, value in run_file(argument, values).items():
-                if key not in known:
-                    fail(f'{argument}: there is no setting {key!r}; {nearest(key, known)}')
-                value = convert(f'{argument}: {key}', value, known[key][0])
-                if key in own:
-                    given.add(key)
-                    values[key] = value
+        try:
+            if argument.startswith('--'):
+                key, equals, value = argument[2:].partition('=')
+                key = key.replace('-', '_')
+                if key not in own:
+                    raise ValueError(f'there is no setting {key!r}; {nearest(key, own)} (--help lists all)')
+                if not equals and own[key][0] == 'bool':  # --overwrite is --overwrite=True
+                    equals, value = True, 'True'
+                if not equals:
+                    raise ValueError(f'--{key} needs a value: --{key}={own[key][1]!r}, for instance')
+                given.add(key)
+                values[key] = convert('--' + key, value, own[key][0])
+            else:
+                for key, value in run_file(argument, values).items():
+                    if key not in known:
+                        raise ValueError(f'{argument}: there is no setting {key!r}; {nearest(key, known)}')
+                    value = convert(f'{argument}: {key}', value, known[key][0])
+                    if key in own:
+                        given.add(key)
+                        values[key] = value
+        except ValueError as error:
+            fail(error)
     return values, given
 
 
