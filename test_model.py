@@ -2067,6 +2067,12 @@ if os.environ.get('RANK') == '1' and not Path({str(tmp_path)!r}, 'died').exists(
             (tmp_path / 'died').unlink()
     assert not any(agent.returncode for agent in agents), errors
     assert_close_runs(many, one)
+    if (nodes, fsdp) == (1, []):  # the next launch of that name is another run, refused as often as it starts anew
+        state = (many / 'last/state.json').read_text()
+        again = subprocess.run([*map(str, command[:-1]), '--learning_rate=0.5', '--max_iters=60'], env=environment,
+                               capture_output=True, text=True, timeout=300)
+        assert again.returncode and again.stderr.count('holds a run') == 4, again.stderr
+        assert (many / 'last/state.json').read_text() == state
 
 
 # --- what strangers and typing errors bring -----------------------------------------------------------------------

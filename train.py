@@ -339,6 +339,23 @@ def check_memory(shape, frozen=False):
           f'here are {memory_here() / 1e9:,.0f}; take a smaller model or --batch_size')
 
 
+def check_tokenizer(folder):
+    """Refuse a checkpoint that numbers tokens otherwise than the data does; the largest block_size it was trained with,
+    or None if it is not ours: then it sees farther than any block_size here."""
+    if not (folder / 'meta.json').exists():
+        return None
+    theirs = read_json(folder / 'meta.json')
+    same = all(theirs.get(key, default) == meta.get(key, default) for key, default in (
+        ('tokenizer', None), ('special_tokens', ['<|endoftext|>'])))
+    if same and (folder / 'tokenizer.tiktoken').exists():
+        same = read_bytes(folder / 'tokenizer.tiktoken') == table
+    check(same, f'{folder} was trained with another tokenizer than that of {data_dir}; prepare the data with '
+                f'--tokenizer={folder}')
+    before = theirs.get('block_size')
+    check(before is None or type(before) is int, f'{folder / "meta.json"} is damaged: block_size is {before!r:.99}')
+    return before and max(before, block_size)
+
+
 torch.manual_seed(seed)
 settings['vocab_size'] = vocab_size or vocabulary
 shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
@@ -370,16 +387,7 @@ try:
               f'{source} has adapters of lora_rank {(model.lora or settings)["lora_rank"]}, not {lora_rank}')
         check(not model.lora or out.resolve() not in Path(model.source['base']).resolve().parents,
               f'{out_dir} holds what the adapters adapt, {(model.source or {}).get("base")}; give another --out_dir')
-        trained_on = None  # of a checkpoint that is not ours, and sees farther than any block_size of ours
-        if (folder / 'meta.json').exists():
-            theirs, ours = (read_json(where / 'meta.json') for where in (folder, data))
-            trained_on = theirs.get('block_size') and max(int(theirs['block_size']), block_size)
-            for key, default in (('tokenizer', None), ('special_tokens', ['<|endoftext|>'])):
-                same = theirs.get(key, default) == ours.get(key, default)
-                if same and (folder / 'tokenizer.tiktoken').exists():
-                    same = read_bytes(folder / 'tokenizer.tiktoken') == table
-                check(same, f'{source} was trained with another tokenizer than that of {data_dir}; prepare the data '
-                            f'with --tokenizer={folder}')
+        trained_on = check_tokenizer(folder)
 except (ValueError, TypeError, OSError, KeyError, AttributeError) as error:
     config.fail(error)
 except (MemoryError, RuntimeError) as error:
