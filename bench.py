@@ -718,6 +718,7 @@ def main():
             rows.append(dict(disk=size / 1e6) | result)
             rows[0] |= {key: rows[0][key] / 1e9 for key in ('load_memory', 'memory')}
         for part in [] if checkpoint else parts.split(','):
+            print(f'measuring {part} ...', file=sys.stderr)
             batch = batch_size if part == 'train' else decode_batch
             result, = median_of_rounds([common | dict(part=part, shape=shape, batch_size=batch)])
             if not result:

@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -1334,7 +1334,8 @@ def save_file(tensors, path):
     save_file(tensors, path, {'format': 'pt'})
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    with suppress(OSError):  # of file systems that have no such rights
+        os.chmod(path, 0o666 & ~umask)
 
 
 def read_bytes(path, limit=2 ** 26):

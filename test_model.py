@@ -2013,7 +2013,7 @@ def test_hostile_run(undisturbed, tmp_path):
     refused(run('sample.py', f'--out_dir={out}', f'--export={out}/last/new'), 'would damage')
     victim.write_text('precious')
     (out / 'metrics.jsonl.new').symlink_to(victim), (out / 'loss.new').symlink_to(victim)
-    (out / '.launch').symlink_to(victim), (out / '.launch.new').symlink_to(victim)
+    (out / '.launch').unlink(), (out / '.launch').symlink_to(victim), (out / '.launch.new').symlink_to(victim)
     (out / 'last/.DS_Store').write_text('')
     assert run(*resume, plots=True)[0] == 0 and victim.read_text() == 'precious'
     assert (out / 'last/model.safetensors').stat().st_mode == (out / 'last/config.json').stat().st_mode

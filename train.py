@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -115,8 +116,7 @@ def say(message):
 
 # --- processes: this one, or all that torchrun started --------------------------------------------------------------
 
-distributed, rank, world, restarts = 'RANK' in os.environ, 0, 1, 0
-launch = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
+distributed, rank, world = 'RANK' in os.environ, 0, 1
 if distributed:
     try:
         rank, world, restarts, local_rank = (int(os.environ.get(key, default)) for key, default in (
@@ -161,6 +161,19 @@ def summed(tensor):
     return tensor
 
 
+def launchers():
+    """What tells the torchrun processes that started this run's processes from all others, as a set of strings: one
+    that is there again after a restart is what a restart is known by, for not all of several machines count one."""
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return set()
+    mine = f'{os.environ["TORCHELASTIC_RUN_ID"]} {platform.node()} {os.getppid()}'
+    with suppress(OSError):  # Linux tells when a process began, too, for containers number theirs alike
+        mine += ' ' + Path(f'/proc/{os.getppid()}/stat').read_text().rpartition(')')[2].split()[19]
+    everyone = [mine] * world
+    together(dist.all_gather_object, everyone, mine)
+    return set(everyone)
+
+
 # --- the run that may be in out_dir ---------------------------------------------------------------------------------
 
 def checksums(folder):
@@ -195,7 +208,7 @@ def read_state(folder):
             raise ValueError(f'not as SHA256SUMS tells: {", ".join(sorted(changed))}'[:200])
         state = SimpleNamespace(**read_json(folder / 'state.json'))
         state.losses, state.entropy = torch.tensor(state.losses), torch.tensor(state.entropy)
-        state.load, state.wandb = torch.tensor(state.load, dtype=torch.int64), str(state.wandb or '')
+        state.load, state.wandb = torch.tensor(state.load, dtype=torch.int64), str(getattr(state, 'wandb', ''))
         known = config.settings_of(__file__, model=True)
         state.settings = {key: config.convert(key, value, known[key][0])
                           for key, value in state.settings.items() if key in known}
@@ -240,14 +253,11 @@ if rank == 0:
         config.fail(f'cannot write to {out}: {error}')
 together(dist.barrier)
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
-mine = launch if launch != 'none' else f'process {os.getppid()}'  # torchrun's, the same after a restart
-same = rank == 0 and (out / '.launch').is_file() and (out / '.launch').read_bytes()[:999] == mine.encode()
-restarted, same = summed(torch.tensor([restarts, same]))  # of several machines not all count a restart
-if restarted and same and checkpoints:  # started anew by torchrun --max-restarts
+agents = launchers()
+again = rank == 0 and (out / '.launch').is_file() and not agents.isdisjoint(
+    (out / '.launch').read_text(errors='replace').splitlines())
+if summed(torch.tensor(int(again))) and checkpoints:  # started anew by torchrun --max-restarts
     settings['init_from'] = 'resume'
-elif rank == 0:
-    with suppress(OSError):
-        (out / '.launch').unlink()  # an earlier launch's, for whom a restart of this one would take itself
 check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')
 if settings['init_from'] == 'resume':  # with the run's own settings, but for what is asked for now
     for source in checkpoints:
@@ -293,8 +303,8 @@ if distributed and device_type == 'cuda':
 holds_run = (f'{out_dir} holds a run; --init_from=resume goes on with it, --out_dir=NAME starts another elsewhere, '
              '--overwrite replaces it')
 check(init_from == 'resume' or overwrite or not find_run(), holds_run)
-weights = Path(init_from).resolve()
-check(not {folder.resolve() for folder in find_run()} & {weights, *weights.parents},
+weights, replaced = Path(init_from).resolve(), ('last', 'last.old', 'last.damaged', 'best', 'best.old')
+check(not {(out / name).resolve() for name in replaced} & {weights, *weights.parents},
       f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 # A step has gradient_accumulation_steps batches. Groups of processes take them in turn, and the `sharing` processes of
 # a group divide each of theirs among them.
@@ -302,6 +312,13 @@ sharing = world // math.gcd(world, gradient_accumulation_steps)
 check(batch_size % sharing == 0, f'{sharing} processes cannot share a batch of {batch_size} sequences evenly; take a '
                                  f'multiple as --batch_size, or of {world} as --gradient_accumulation_steps')
 check(not (fsdp and experts), 'experts at four bits a value cannot be spread over processes: leave out --fsdp')
+
+
+def no_memory(error, instead):
+    """End this run if the error says that memory has; raise it otherwise."""
+    if not isinstance(error, MemoryError) and 'out of memory' not in str(error) and 'allocate memory' not in str(error):
+        raise error
+    config.fail(f'{device} has too little memory; {instead}')
 
 
 # --- data and model -------------------------------------------------------------------------------------------------
@@ -391,13 +408,14 @@ try:
 except (ValueError, TypeError, OSError, KeyError, AttributeError) as error:
     config.fail(error)
 except (MemoryError, RuntimeError) as error:
-    if not isinstance(error, MemoryError) and 'memory' not in str(error):
-        raise
-    config.fail(f'{device} has too little memory for this model; --lora_rank with --experts=mxfp4 takes least')
+    no_memory(error, '--lora_rank with --experts=mxfp4 takes least for a model')
 vocab_size = model.config.vocab_size
 check(block_size <= model.config.max_position_embeddings,
       f'block_size ({block_size}) exceeds max_position_embeddings ({model.config.max_position_embeddings})')
-if fsdp:
+
+
+def spread():
+    """Divide the model over the processes by FSDP2, layer by layer, its weights from the first or yet to be loaded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     whole = {} if place else model.state_dict()
@@ -417,14 +435,23 @@ if fsdp:
     register_fsdp_forward_method(model, 'next_logits')
     if not in_shards:
         set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    del whole
-else:
-    model.to(device)
+
+
+try:
+    spread() if fsdp else model.to(device)
+    optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
+    for optimizer in optimizers:  # their state is there from the beginning, for the first step may be one to skip
+        for p in (p for group in optimizer.param_groups for p in group['params']):
+            optimizer.state[p] = {key: torch.zeros_like(p) for key in (
+                ['momentum'] if isinstance(optimizer, Muon) else ['exp_avg', 'exp_avg_sq'])}
+            if not isinstance(optimizer, Muon):
+                optimizer.state[p]['step'] = torch.zeros((), device=device if optimizer.defaults['fused'] else 'cpu')
+except (MemoryError, RuntimeError) as error:
+    no_memory(error, '--fsdp=True spreads a model over several, --lora_rank trains a small part of it')
 if sharing > 1:
     group, _ = together(dist.new_subgroups, sharing)
     for layer in model.model.layers:
         layer.mlp.group = group
-optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
 names = {p: name for name, p in model.named_parameters()}
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -449,12 +476,6 @@ def moments():
             for key, value in state.items()}
 
 
-for optimizer in optimizers:  # from the beginning, for a checkpoint may come before the first step that is not skipped
-    for p in (p for group in optimizer.param_groups for p in group['params']):
-        optimizer.state[p] = {key: torch.zeros_like(p) for key in (
-            ['momentum'] if isinstance(optimizer, Muon) else ['exp_avg', 'exp_avg_sq'])}
-        if not isinstance(optimizer, Muon):
-            optimizer.state[p]['step'] = torch.zeros((), device=device if optimizer.defaults['fused'] else 'cpu')
 step, sequences, best_loss, owed = state.step, state.sequences, state.best_loss, state.owed
 if init_from == 'resume':
     check(step < max_iters or step == max_iters and owed,
@@ -688,8 +709,8 @@ def write_checkpoint(name):
             (new / 'state.json').write_text(json.dumps(dict(
                 step=step, sequences=sequences, best_loss=best_loss, owed=owed, scaler=scaler.state_dict(),
                 losses=[loss.item() for loss in losses], bad_steps=[int(skipped), int(skipped_in_a_row)],
-                load=load.tolist(), entropy=entropy.tolist(), wandb=wandb_log and wandb.run.id, settings=settings),
-                indent=2))
+                load=load.tolist(), entropy=entropy.tolist(), wandb=wandb.run.id if wandb_log else state.wandb,
+                settings=settings), indent=2))
     together(dist.barrier)
     sums = checksums(new)
     if 'unreadable' in sums:
@@ -763,6 +784,15 @@ def schedule(step):
 
 # --- the loop -------------------------------------------------------------------------------------------------------
 
+if wandb_log and rank == 0:
+    try:
+        import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings, id=state.wandb or None,
+                   resume='allow')
+    except ImportError:
+        config.fail('wandb_log needs wandb: pip install wandb')
+    except Exception as error:  # of a dozen kinds: no key, no network
+        config.fail(f'wandb cannot start ({type(error).__name__}: {error}); see to it, or --wandb_log=False')
 if rank == 0:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -770,7 +800,7 @@ if rank == 0:
         check(init_from == 'resume' or overwrite or not find_run(), holds_run)  # as yet
         kept = []
         if init_from != 'resume':
-            for leftover in ('last', 'last.old', 'last.damaged', 'best', 'best.old'):
+            for leftover in replaced:
                 shutil.rmtree(out / leftover, ignore_errors=True)
         elif (out / 'metrics.jsonl').exists():  # what was logged after the checkpoint will be logged again
             for line in read_bytes(out / 'metrics.jsonl', 2 ** 32).decode(errors='replace').splitlines(keepends=True):
@@ -784,7 +814,7 @@ if rank == 0:
         if init_from == 'resume' and source != checkpoints[0]:
             shutil.rmtree(out / 'last.damaged', ignore_errors=True)
             checkpoints[0].rename(out / 'last.damaged')
-        for name, content in (('.launch', mine), ('metrics.jsonl', ''.join(kept))):
+        for name, content in (('.launch', '\n'.join(agents)), ('metrics.jsonl', ''.join(kept))):
             new = out / f'{name}.new'
             new.unlink(missing_ok=True)  # through a link it would be another file that is written
             new.write_text(content)
@@ -792,15 +822,6 @@ if rank == 0:
             new.replace(out / name)
     except (OSError, ValueError) as error:
         config.fail(f'cannot write to {out_dir}: {error}')
-if wandb_log and rank == 0:
-    try:
-        import wandb
-        wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings, id=state.wandb or None,
-                   resume='allow')
-    except ImportError:
-        config.fail('wandb_log needs wandb: pip install wandb')
-    except Exception as error:  # of a dozen kinds: no key, no network
-        config.fail(f'wandb cannot start ({type(error).__name__}: {error}); see to it, or --wandb_log=False')
 together(dist.barrier)
 
 stopped_by = None
@@ -901,19 +922,19 @@ try:
             write_checkpoint('last')
             config.fail(f'the loss or its gradient was not finite for {int(skipped_in_a_row)} steps in a row, which '
                         f'were skipped; {out / "last"} holds the weights from before. Try a lower --learning_rate')
-        progress.update()
+        with suppress(OSError):  # if nobody reads it
+            progress.update()
 except (OSError, SafetensorError) as error:
     for name in ('last.new', 'best.new'):  # may be what fills the disk
         shutil.rmtree(out / name, ignore_errors=True)
     config.fail(f'cannot write to {out_dir}: {error}')
-except (torch.OutOfMemoryError, RuntimeError) as error:
+except (MemoryError, RuntimeError) as error:
     if distributed and ('gloo' in str(error) or isinstance(error, dist.DistBackendError)):
         left_alone(error)
-    if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
-        raise
-    config.fail(f'{device} has too little memory; try a smaller --batch_size with more --gradient_accumulation_steps')
+    no_memory(error, 'try a smaller --batch_size with more --gradient_accumulation_steps')
 finally:
-    progress.close()
+    with suppress(OSError):
+        progress.close()
     lock.release(force=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +40,8 @@ def fail(message):
             bar.close()
     line = ' '.join(str(message).split())
     process = f' (process {os.environ["RANK"]})' if 'RANK' in os.environ else ''  # of those that torchrun started
-    print(f'{Path(sys.argv[0]).name}{process}: {line}', file=sys.stderr, flush=True)
+    with suppress(OSError):  # where nobody reads any more
+        print(f'{Path(sys.argv[0]).name}{process}: {line}', file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -55,7 +57,7 @@ def sync(*paths):
 
 def enclosing_checkpoint(path):
     """The checkpoint of a run that a path is, or lies in; what is written there would count as damage."""
-    path = Path(path).absolute()
+    path = Path(os.path.realpath(path))
     return next((folder for folder in (path, *path.parents)
                  if all(os.path.exists(folder / file) for file in ('SHA256SUMS', 'meta.json'))), None)
 
