@@ -2248,7 +2248,8 @@ def random_command(rng, folder):
         kind = known[key][0].partition(' ')[0]
         values = wild.get(kind, ['x', 'sliding_attention,full_attention', ''])
         given.append((key, rng.choice([*values, repr(known[key][1])])))
-    given = [(key, value) for key, value in given if key not in ('device', 'learn', 'compare', 'profile', 'checkpoint')]
+    given = [(key, value) for key, value in given if key not in ('device', 'learn', 'compare', 'profile', 'checkpoint')
+             and (key, value) != ('compile', 'True')]  # which takes longer than a try may
     flags = [f'--{key}={value}' for key, value in given]
     if rng.random() < 0.1:
         flags += [rng.choice(['--', '-x', '--=', '=', '--overwrite', '--max_iters', 'config/none.py', '--LR=1', '.'])]
