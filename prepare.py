@@ -334,6 +334,8 @@ def load_tokenizer(folder):
             raise ValueError(f'special_tokens are not strings and {END} among them')
         lines = read_bytes(table).decode().splitlines()
         ranks = {base64.b64decode(line.split()[0], validate=True): int(line.split()[1]) for line in lines}
+        if len(ranks) + len(special) != meta['vocab_size']:
+            raise ValueError(f'{len(ranks)} tokens and {len(special)} special ones are not {meta["vocab_size"]!r:.99}')
         if sorted(ranks.values()) != list(range(len(lines))) or not all(ranks):
             raise ValueError('its ranks are not 0, 1, 2 ...')
         return encoding(name, ranks, special)

@@ -2286,6 +2286,46 @@ def samples(undisturbed, tmp_path_factory):
     return folder
 
 
+def test_cut_short(samples, tmp_path):
+    """Every file of a checkpoint, of data and of a run, cut in its beginning, its header, its body and before its last
+    byte, is refused by name, its sums made anew or not."""
+    def cuts(path):
+        """Cut it, ever longer, then leave it as it was."""
+        content = path.read_bytes()
+        header = 8 + int.from_bytes(content[:8], 'little') if path.suffix == '.safetensors' else 8
+        for size in sorted({0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(content) // 2,
+                            len(content) - 1}):
+            if content[:size].strip() != content.strip():
+                path.write_bytes(content[:size])
+                yield size
+        path.write_bytes(content)
+
+    shutil.copytree(samples, tmp_path / 'here')
+    for folder in (tmp_path / 'here').glob('checkpoint*'):
+        for path in folder.glob('*'):
+            if path.suffix in ('.json', '.safetensors') and path.name != 'generation_config.json':
+                for size in cuts(path):
+                    with pytest.raises(ValueError, match=re.escape(str(folder))):
+                        GPT.from_pretrained(folder, torch.float32)
+    data, out = tmp_path / 'here/run/data', tmp_path / 'here/run/out'
+    for path in (data / 'tokenizer.tiktoken', data / 'meta.json'):
+        for size in cuts(path):
+            with pytest.raises(ValueError, match=re.escape(str(data))):
+                prepare.load_tokenizer(data)
+    for path in (*data.glob('*.bin'), data / 'meta.json'):
+        for size in itertools.islice(cuts(path), 0, None, 4):
+            refused(run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/new', *SHORT), str(path))
+    shutil.rmtree(out / 'last.old')
+    for path in (out / 'last').iterdir():
+        for size in itertools.islice(cuts(path), 0, None, 5):
+            refused(run('train.py', f'--out_dir={out}', '--init_from=resume', '--max_iters=25'), 'last is damaged')
+            if path.name in ('state.json', 'optimizer.safetensors', 'model.safetensors', 'config.json', 'meta.json'):
+                reseal(out / 'last')
+                refused(run('train.py', f'--out_dir={out}', '--init_from=resume', '--max_iters=25'), str(out / 'last'))
+        reseal(out / 'last')
+    assert run('train.py', f'--out_dir={out}', '--init_from=resume', '--max_iters=25')[0] == 0
+
+
 @pytest.mark.parametrize('work, number', [
     (load_mutated, 30), (train_mutated, 12), (random_command, 20),
     *(pytest.param(work, 1000, marks=long, id=f'long-{work.__name__}')
