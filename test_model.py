@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # of models as small as these a second thread makes slower ones
@@ -1566,7 +1565,6 @@ def test_chat(tmp_path):
         assert status == 0, err
         return out
 
-    expected = ''.join(f'[analysis]\nHm.\n[final]\n{answer}\n' for answer in ('stop', 'go', 'wait'))
     assert chat_with('--out_dir=out', words='red\n').startswith('[analysis]\nHm.\n[final]\nstop\n')
     assert '[final]' in chat_with('--out_dir=out')
 
@@ -2335,7 +2333,7 @@ def test_hostile_input(work, number, samples, tmp_path):
     assert_harmless(work, number, tmp_path / 'here', seed=number)
 
 
-def test_shards(tmp_path):
+def test_rows_in_several_files(tmp_path):
     """Rows of tensors in several files, as FSDP2's processes write them, are put together, or refused by name."""
     original = make()
     original.save_config(tmp_path)

@@ -254,8 +254,10 @@ if rank == 0:
 together(dist.barrier)
 checkpoints = [folder for folder in find_run() if folder.name != 'best']
 agents = launchers()
-again = rank == 0 and (out / '.launch').is_file() and not agents.isdisjoint(
-    (out / '.launch').read_text(errors='replace').splitlines())
+again = False
+if rank == 0:
+    with suppress(OSError, ValueError):  # of what is no file of ours
+        again = not agents.isdisjoint(read_bytes(out / '.launch').decode().splitlines())
 if summed(torch.tensor(int(again))) and checkpoints:  # started anew by torchrun --max-restarts
     settings['init_from'] = 'resume'
 check(checkpoints or settings['init_from'] != 'resume', f'{out} holds no run to resume')

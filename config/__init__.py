@@ -11,7 +11,6 @@ prepare, train, sample and bench.
 
 import ast
 import difflib
-import math
 import os
 import sys
 import traceback
