@@ -1,97 +1,103 @@
 """
-Continue a text with a trained model, printed as it is drawn; chat with it; or write it for other programs:
+Continue a text with a trained model, chat with it, or export it for other programs.
 
-    python sample.py --start="Once upon a time"
+    python sample.py --start="Once upon a time"                                        # the run in out/
     python sample.py --init_from=openai/gpt-oss-20b --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=openai/gpt-oss-20b --chat --experts=mxfp4
-    python sample.py --export=exported --dtype=bfloat16
+    python sample.py --export=exported                                                 # for transformers
 """
 
-import config  # first, for it makes Ctrl-C quiet
+import config  # first: it sets variables that libraries read when they load
 
 import codecs
 import itertools
+import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of PyTorch's that wait leave the cores to others
 import torch
-from safetensors import SafetensorError
 
-from bench import pick_device
 from model import GPT, find_checkpoint, read_json
-from prepare import HARMONY, Chat, encode_prompt, encoding, load_tokenizer, stop_tokens, write_tokenizer
+from prepare import (END, HARMONY, SYSTEM, Chat, byte_characters, encode_prompt, encoding, load_tokenizer, reading,
+                     stop_tokens)
 
 # -----------------------------------------------------------------------------
-out_dir = 'out'  # a run of train.py; its best checkpoint speaks, or its last where there is no best
-init_from = ''  # the folder or hub id of a checkpoint, instead of out_dir
-chat = False  # talk: every line of input is a message, with the tokens that gpt-oss has for chats
-system = ''  # with chat: instructions that come first
-reasoning_effort = 'medium'  # with chat: low, medium or high
-export = ''  # write the model to this folder instead, in bfloat16 unless dtype says otherwise, adapters merged
-start = ''  # the text to continue, or FILE:NAME to read it from a file; empty: the end-of-text token
+# the model
+out_dir = 'out'  # a run of train.py; its best checkpoint is used or, where there is none, its last
+init_from = ''  # folder or hub id of a checkpoint, in place of out_dir
+experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
+device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
+dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that is fast on the device
+# the text
+start = ''  # text to continue, or FILE:NAME to read it from a file; empty: the end-of-text token
 num_samples = 1  # texts to draw
-max_new_tokens = 500  # the longest continuation, in tokens
-context = 0  # how many tokens back the model looks; 0: as many as it was trained on (a model not ours: all)
+max_new_tokens = 500  # longest continuation, in tokens
+context = 0  # tokens that the model looks back; 0: as many as it was trained on, or all if that is unknown
 temperature = 0.8  # 0 is greedy: always the likeliest token
 top_k = 0  # draw from the k likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that together reach this probability
 min_p = 0.0  # draw from the tokens at least this fraction as likely as the likeliest
 seed = 1337  # of the draws
-device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
-dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that the device is fast in
-experts = ''  # mxfp4: keep, or export, the experts' matrices at four bits a value
+# chat
+chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
+system = ''  # instructions that come first
+reasoning_effort = 'medium'  # low, medium or high
+# export
+export = ''  # folder to write the model to, adapters merged, for transformers and others; dtype auto is bfloat16
 # -----------------------------------------------------------------------------
 
 
 def load(path, dtype, device):
-    """The model of a checkpoint; its tokenizer, gpt-oss's if none is beside it; the block it was trained on."""
+    """The model of a checkpoint, its tokenizer, and the block size of its training, or None if that is unknown."""
     folder = find_checkpoint(path)
-    packed = '' if export and (folder / 'adapter.json').exists() else experts  # exporting packs what was merged
-    model = GPT.from_pretrained(path, torch.bfloat16 if packed and not export else dtype, device, packed or None)
-    model.compute_dtype, meta = dtype, folder / 'meta.json'
-    if model.lora and not packed:
+    merge_first = export and (folder / 'adapter.json').exists()  # save_pretrained packs the merged experts
+    model = GPT.from_pretrained(path, dtype, device, None if merge_first else experts or None)
+    if model.lora and (merge_first or not experts):
         model.merge_lora()
-    if meta.exists():
-        block_size = read_json(meta).get('block_size')
-        if block_size is not None and (type(block_size) is not int or block_size < 1):
-            raise ValueError(f'{meta} is damaged: block_size is {block_size!r}'[:200])
-        return model, load_tokenizer(folder), block_size
+    if (folder / 'meta.json').exists():
+        return model, load_tokenizer(folder), read_json(folder / 'meta.json').get('block_size')
     if model.config.vocab_size == 201088:
         return model, encoding('o200k_harmony'), None
-    raise ValueError(f'{path} has no meta.json, so its tokenizer is unknown; '
-                     'copy meta.json (and tokenizer.tiktoken) from its data')
+    raise ValueError(f'{path} has no meta.json, so no tokenizer; copy it and tokenizer.tiktoken from the data')
 
 
-def decoded(encoder, tokens):
-    """Pieces of text as tokens come. A token may end within a character, so incomplete bytes are held back."""
-    utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+# --- text ---
+def show(encoder, tokens):
+    """Print the text of tokens as they come, and return it. Bytes of an incomplete character wait for the next."""
+    utf8, text = codecs.getincrementaldecoder('utf-8')('replace'), ''
     for token in tokens:
-        yield utf8.decode(encoder.decode_single_token_bytes(token))
-    yield utf8.decode(b'', final=True)
-
-
-def show(pieces):
-    """Print pieces as they come, and return the whole."""
-    text = ''
-    for piece in pieces:
+        piece = utf8.decode(encoder.decode_single_token_bytes(token))
         print(piece, end='', flush=True)
         text += piece
-    return text
+    rest = utf8.decode(b'', final=True)
+    print(rest, end='', flush=True)
+    return text + rest
 
 
-def converse(draw, encoder):
-    """Read messages and print answers, each channel under its name, until the input ends."""
+def draw(model, prompt, stops, *options):
+    """Yield the tokens (int) that continue a prompt until one of stops, then print how long that took."""
+    began, number, token = time.perf_counter(), 0, None
+    for number, token in enumerate(model.stream(prompt, max_new_tokens, *options), 1):
+        if (token := token.item()) in stops:
+            break
+        yield token
+    cut = '' if token in stops else ' (max_new_tokens)'
+    print(flush=True)
+    print(f'--- {number} tokens{cut}, {number / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
+
+
+# --- chat ---
+def converse(answer, encoder):
+    """Read messages and print the answers, each channel under its name, until the input ends."""
     if missing := [token for token in HARMONY if token not in encoder.special_tokens_set]:
-        config.fail(f'this model was not made for chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
-                    'one on data that python prepare.py --dataset=CHATS.jsonl made')
-    message, channel, end = (encoder.encode_single_token(f'<|{name}|>') for name in ('message', 'channel', 'end'))
-    if sys.stdin is None:
-        config.fail('--chat reads messages from the keyboard or a pipe, but the standard input is closed')
+        config.fail(f'this model was not trained on chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
+                    'one on data from python prepare.py --dataset=CHATS.jsonl')
+    message, channel, end = map(encoder.encode_single_token, ('<|message|>', '<|channel|>', '<|end|>'))
     messages = [dict(role='system', content=system)] if system else []
     while True:
         try:
@@ -101,95 +107,121 @@ def converse(draw, encoder):
         if not line:
             continue
         messages.append(dict(role='user', content=line))
-        tokens = draw(Chat(messages).prompt(encoder, reasoning_effort))
-        name = None  # of the channel whose header is being read
+        tokens = answer(Chat(messages).prompt(encoder, reasoning_effort))
+        header = None  # tokens of the channel's name, while they come
         for token in tokens:
             if token == channel:
-                name = []
+                header = []
             elif token == message:
-                name = encoder.decode(name or []) or 'final'
+                name, header = encoder.decode(header or []) or 'final', None
                 print(f'[{name}]')
-                text = show(decoded(encoder, itertools.takewhile(lambda token: token != end, tokens)))
+                text = show(encoder, itertools.takewhile(lambda token: token != end, tokens))
                 print()
                 if name in ('analysis', 'commentary', 'final'):
                     messages.append(dict(role='assistant', channel=name, content=text))
-                name = None
-            elif name is not None:
-                name.append(token)
+            elif header is not None:
+                header.append(token)
+
+
+# --- export ---
+# Chat.prompt as a template of transformers. A message has role and content, the assistant's also channel or thinking.
+CHAT_TEMPLATE = (
+    "{{- '<|start|>system<|message|>" + SYSTEM.format("' + (reasoning_effort or 'medium') + '").replace('\n', '\\n')
+    + "<|end|>' }}{%- for message in messages %}"
+    "{%- if message.role in ('system', 'developer') %}"
+    "{{- '<|start|>developer<|message|># Instructions\\n\\n' + message.content + '<|end|>' }}"
+    "{%- elif message.role == 'user' %}{{- '<|start|>user<|message|>' + message.content + '<|end|>' }}"
+    "{%- elif message.role == 'assistant' and message.channel != 'analysis' %}"
+    "{{- '<|start|>assistant<|channel|>' + (message.channel or 'final') + '<|message|>' }}{{- message.content }}"
+    "{{- '<|end|>' }}{%- elif message.role != 'assistant' %}{{- raise_exception('no role ' + message.role) }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}")
+
+
+def write_tokenizer(encoder, folder):
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json, which transformers reads."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    ranks, characters = encoder._mergeable_ranks, byte_characters()
+    written = {token: ''.join(characters[byte] for byte in token) for token in ranks}
+    merges = [(written[token[:i]], written[token[i:]]) for token in sorted(ranks, key=ranks.get)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    bpe = Tokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
+    # Possessive repeats only save time, and other programs read them differently.
+    pattern = re.sub(r'([+*?]|\{\d+,?\d*\})\+', r'\1', encoder._pat_str.replace('++$', r'+\z'))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    special = {number: token for token, number in reversed(encoder._special_tokens.items())}
+    names = [special.get(number, f'<|unused_{number}|>') for number in range(len(ranks), encoder.n_vocab)]
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in names])  # numbered in this order
+    bpe.save(str(folder / 'tokenizer.json'))
+    options = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, eos_token=END,
+                   pad_token=END)
+    if '<|start|>' in encoder.special_tokens_set:
+        options |= dict(eos_token='<|return|>', chat_template=CHAT_TEMPLATE)
+    generation = dict(do_sample=True, eos_token_id=stop_tokens(encoder), pad_token_id=encoder.eot_token)
+    for name, content in (('tokenizer_config', options), ('generation_config', generation)):
+        (folder / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+
+
+def write_export(model, encoder, path):
+    """Write a checkpoint with its tokenizer to the folder export. The folder appears whole or not at all."""
+    parent = Path(export).resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as beside:
+        new = Path(beside, 'new')
+        model.save_pretrained(new, experts=experts or None)
+        write_tokenizer(encoder, new)
+        for file in ('meta.json', 'tokenizer.tiktoken'):  # for sample.py and train.py
+            if (source := find_checkpoint(path) / file).exists():
+                shutil.copy(source, new)
+        new.replace(export)
+    print(f'{export}: {model.num_parameters():,} parameters')
 
 
 def main():
-    folders = (Path(out_dir, d) for d in ('best', 'last', 'last.old', '.'))
-    there = (str(p) for p in folders for file in ('config.json', 'adapter.json') if (p / file).exists())
-    path = init_from or next(there, None)
-    if path is None:
-        config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with '
-                    '--out_dir or --init_from')
-    for key, good in (('num_samples', num_samples >= 1), ('max_new_tokens', max_new_tokens >= 1),
-                      ('top_k', top_k >= 0), ('context', context >= 0), ('seed', 0 <= seed < 2 ** 63)):
+    for name, good, wanted in (
+            ('num_samples', num_samples >= 1, 'at least 1'), ('max_new_tokens', max_new_tokens >= 1, 'at least 1'),
+            ('top_k', top_k >= 0, 'at least 0'), ('context', context >= 0, 'at least 0'),
+            ('seed', 0 <= seed < 2 ** 63, 'at least 0'), ('experts', experts in ('', 'mxfp4'), 'mxfp4 or empty'),
+            ('reasoning_effort', reasoning_effort in ('low', 'medium', 'high'), 'low, medium or high')):
         if not good:
-            config.fail(f'{key} is {globals()[key]}; num_samples and max_new_tokens are at least 1, '
-                        'top_k and context at least 0')
-    if reasoning_effort not in ('low', 'medium', 'high'):
-        config.fail(f'reasoning_effort is {reasoning_effort!r}; it is low, medium or high')
-    if experts not in ('', 'mxfp4'):
-        config.fail(f'experts is {experts!r}; it is mxfp4, or empty')
-    if export:
-        if os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
-            config.fail(f'{export} is there already; --export wants a new folder')
-        if inside := config.enclosing_checkpoint(export):
-            config.fail(f'{export} is in the checkpoint {inside}, which it would damage; export to elsewhere')
-    where, kind = pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
+            config.fail(f'{name} is {globals()[name]!r}; it must be {wanted}')
+    if export and os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
+        config.fail(f'{export} exists already; --export needs a new folder')
+    folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
+    found = [str(folder) for folder in folders for file in ('config.json', 'adapter.json') if (folder / file).exists()]
+    if not init_from and not found:
+        config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with --out_dir or '
+                    '--init_from')
+    path = init_from or found[0]
+    where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     torch.manual_seed(seed)
     model, encoder, block_size = load(path, getattr(torch, kind), where)
     if export:
-        parent = Path(export).resolve().parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=parent) as beside:  # so that export is there whole or not at all
-                new = Path(beside) / 'new'
-                model.save_pretrained(new, experts=experts or None)
-                write_tokenizer(encoder, new)
-                for file in ('meta.json', 'tokenizer.tiktoken'):  # with which it is at home here, too
-                    if (source := find_checkpoint(path) / file).exists():
-                        shutil.copy(source, new)
-                config.sync(*new.iterdir(), new)
-                new.replace(export)
-                config.sync(parent)
-        except (OSError, SafetensorError) as error:
-            config.fail(f'cannot write to {export}: {error}')
-        return print(f'{export}: {model.num_parameters():,} parameters, {kind}{", experts mxfp4" if experts else ""}')
-    options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
-    ends = set(stop_tokens(encoder))
+        return write_export(model, encoder, path)
 
-    def draw(prompt):
-        """Yield tokens until one of ends comes, then tell how long it took."""
-        began, drawn = time.perf_counter(), 0
-        for token in model.stream(torch.tensor([prompt], device=where), max_new_tokens, *options):
-            drawn += 1
-            if token.item() in ends:
-                break
-            yield token.item()
-        cut = ' (max_new_tokens)' if drawn == max_new_tokens and token.item() not in ends else ''
-        print(flush=True)
-        print(f'--- {drawn} tokens{cut}, {drawn / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
+    def answer(prompt):
+        options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
+        return draw(model, torch.tensor([prompt], device=where), stop_tokens(encoder), *options)
 
     if chat:
-        return converse(draw, encoder)
-    try:
-        text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8') if start.startswith('FILE:') else start
-    except (OSError, UnicodeDecodeError) as error:
-        config.fail(f'--start={start} cannot be read: {error}')
+        return converse(answer, encoder)
+    text = start
+    if start.startswith('FILE:'):
+        with reading(start):
+            text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
     prompt = encode_prompt(encoder, text) or [encoder.eot_token]
     for _ in range(num_samples):
         print(text, end='', flush=True)
-        show(decoded(encoder, draw(prompt)))
+        show(encoder, answer(prompt))
 
 
 if __name__ == '__main__':
-    settings, _ = config.read(__file__)
-    globals().update(settings)
+    globals().update(config.read(__file__)[0])
     try:
         main()
+    except BrokenPipeError:  # the program that reads the output has ended, as in `python sample.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, or logits that are not finite
         config.fail(error)

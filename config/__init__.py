@@ -1,122 +1,119 @@
 """
-The one reader of settings, for all scripts: plain assignments near a script's top, then config files, then flags.
+What all scripts share: settings, errors, and the choice of a device.
 
-    python SCRIPT [config/NAME.py ...] [--key=value ...]
+    python SCRIPT [config/NAME.py ...] [--key=value ...]      # later wins
 
-Later wins. A setting is declared once, by a top-level `name = value  # meaning` above the script's first def, and
-its default's type is its type; the fields of GPTConfig are declared the same way in model.py. A config file is
-Python, run with the settings so far in sight. It may hold settings of any of the scripts, so that one file serves
-prepare, train, sample and bench.
+A setting is declared once, as `name = value  # meaning` between the two rulers of a script, with the type of its value.
+A config file is Python and may hold settings of several scripts, so one file serves them all.
 """
 
 import ast
+import ctypes
 import difflib
 import os
+import re
+import signal
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
+# GNU's OpenMP reads this when torch loads it, so scripts import this module first. By default waiting threads spin so
+# long that training beside one busy process is 3 to 30 times slower.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
 ROOT = Path(__file__).parent.parent
-SCRIPTS = 'prepare.py', 'train.py', 'sample.py', 'bench.py'
+RULER = '# ' + '-' * 77 + '\n'
+SETTING = re.compile(r' *(?P<name>[a-z]\w*)(: (?P<kind>[^=]+))? = (?P<default>.+?)(  # (?P<meaning>.*))?')
+PEAK_TFLOPS = {  # dense bf16 (T4: fp16) from the data sheets, by a part of the device's name; the first match counts
+    'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125,
+    'RTX 5090': 210, 'RTX 4090': 165, 'RTX 3090': 71, 'T4': 65}
+
+
+def fail(message):
+    """End the script with one line on stderr, which says what was wrong and what to do, and exit status 2."""
+    process = f' (rank {os.environ["RANK"]})' if 'RANK' in os.environ else ''  # set by torchrun
+    with suppress(OSError):  # stderr may be closed
+        print(f'{Path(sys.argv[0]).name}{process}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def excepthook(kind, error, trace):
-    """Ctrl-C, wherever it comes, is no reason for a traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        print('\ninterrupted', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, KeyboardInterrupt):  # Ctrl-C is no reason for a traceback
+        return print('\ninterrupted', file=sys.stderr)
+    sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = excepthook
 
 
-def fail(message):
-    """End the script as a user's mistake does: one line that says what was wrong and what to do, exit status 2."""
-    if 'tqdm' in sys.modules:
-        for bar in list(sys.modules['tqdm'].tqdm._instances):  # it would share its line with the message
-            bar.close()
-    line = ' '.join(str(message).split())
-    process = f' (process {os.environ["RANK"]})' if 'RANK' in os.environ else ''  # of those that torchrun started
-    with suppress(OSError):  # where nobody reads any more
-        print(f'{Path(sys.argv[0]).name}{process}: {line}', file=sys.stderr, flush=True)
-    raise SystemExit(2)
+def read(script, model=False):
+    """The settings of a script (its __file__) as {name: value}, and the set of names that a file or a flag gave.
+
+    With model=True the fields of GPTConfig are settings too, unless the script declares them itself.
+    """
+    own, fields = declared(Path(script).name), declared('model.py')
+    own |= {key: entry for key, entry in fields.items() if model and key not in own}
+    known = fields | declared('prepare.py') | declared('train.py') | declared('sample.py') | declared('bench.py') | own
+    values, given = {key: default for key, (_, default, _, _) in own.items()}, set()
+    for argument in sys.argv[1:]:
+        if argument in ('--help', '-h'):
+            print_help(Path(script).name, own, fields)
+        if argument.startswith('--'):
+            key, equals, value = argument[2:].partition('=')
+            key = key.replace('-', '_')
+            if key not in own:
+                fail(f'there is no setting {key!r}; {nearest(key, own)} (--help lists all)')
+            if not equals and own[key][0] != 'bool':
+                fail(f'--{key} needs a value, such as --{key}={own[key][1]!r}')
+            found, where = {key: value if equals else True}, '--'  # --overwrite is short for --overwrite=True
+        else:
+            found, where = run_file(argument, values), f'{argument}: '
+        for key, value in found.items():
+            if key not in known:
+                fail(f'{where}there is no setting {key!r}; {nearest(key, known)}')
+            value = convert(where + key, value, known[key][0])
+            if key in own:
+                values[key] = value
+                given.add(key)
+    return values, given
 
 
-def sync(*paths):
-    """Return when what these files hold, or which files these folders hold, is on the disk to stay."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def enclosing_checkpoint(path):
-    """The checkpoint of a run that a path is, or lies in; what is written there would count as damage."""
-    path = Path(os.path.realpath(path))
-    return next((folder for folder in (path, *path.parents)
-                 if all(os.path.exists(folder / file) for file in ('SHA256SUMS', 'meta.json'))), None)
-
-
-def declared(path, class_name=None):
-    """{name: (type, default, meaning)} of the assignments at the top of a script, or of a dataclass in it."""
-    source = path.read_text(encoding='utf-8')
-    lines, body = source.splitlines(), ast.parse(source).body
-    if class_name:
-        body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == class_name).body
-    found = {}
-    for node in body:
-        if isinstance(node, ast.FunctionDef):
-            break
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            name = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            if not isinstance(name, ast.Name) or name.id.isupper():
-                continue  # unpacking, or a constant
-            try:
-                default = ast.literal_eval(node.value)
-            except ValueError:
-                continue  # computed, so no setting
-            annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
-            found[name.id] = annotation, default, lines[node.end_lineno - 1].partition('  # ')[2]
+def declared(script):
+    """{name: (type, default, meaning, heading)} of the settings of a script, or of GPTConfig's fields in model.py."""
+    text, heading, found = (ROOT / script).read_text(encoding='utf-8'), 'GPTConfig', {}
+    block = text.split('class GPTConfig:\n' if script == 'model.py' else RULER)[1]
+    for line in block.partition('    def ')[0].splitlines():
+        if line.startswith('# '):
+            heading = line[2:]
+        elif setting := SETTING.fullmatch(line):
+            default = ast.literal_eval(setting['default'])
+            found[setting['name']] = setting['kind'] or type(default).__name__, default, setting['meaning'], heading
     return found
 
 
-def convert(key, value, kind):
-    """value, a flag's text or a config file's object, as the type named kind. Raises ValueError if it is none."""
-    wanted, _, optional = kind.partition(' | ')
-    if wanted == 'str' and isinstance(value, str) and '\0' not in value:  # of which no name of a file can be
-        return value
+def convert(name, value, kind):
+    """value, the text of a flag or an object from a config file, as the type that `kind` names."""
+    kind, _, optional = kind.partition(' | ')
     result = value
-    if isinstance(value, str):
-        if wanted.startswith('list') and not value.startswith('['):
-            result = value.split(',')
-        else:
-            try:
-                result = ast.literal_eval(
-                    {'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                pass  # and is none of what follows
+    if isinstance(value, str) and kind != 'str':
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            result = ast.literal_eval({'true': 'True', 'false': 'False', 'none': 'None'}.get(value.lower(), value))
+        if kind == 'list[str]' and isinstance(result, str):
+            result = result.split(',')
+    number = type(result) in (int, float) and abs(result) <= sys.float_info.max
+    wanted, good = {
+        'int': ('a whole number', number and result == int(result)),  # 1e5 is one too
+        'float': ('a number', number),
+        'bool': ('True or False', type(result) is bool),
+        'str': ('a string', isinstance(result, str) and '\0' not in result),
+        'list[str]': ('names divided by commas', isinstance(result, list) and all(isinstance(x, str) for x in result)),
+    }[kind]
     if result is None and optional:
         return None
-    number = isinstance(result, int | float) and not isinstance(result, bool) and abs(result) <= sys.float_info.max
-    if wanted == 'float' and number:
-        return float(result)
-    if wanted == 'int' and number and result == int(result):  # 1e5 is a whole number too
-        return int(result)
-    if wanted == 'bool' and isinstance(result, bool):
-        return result
-    if wanted.startswith('list') and isinstance(result, list) and all(isinstance(item, str) for item in result):
-        return result
-    raise ValueError(f'{key} is {value!r:.200}; it wants {article(kind)}')
-
-
-def article(kind):
-    example = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'str': 'a string'}
-    return (example.get(kind.partition(' | ')[0], 'names divided by commas')
-            + (', or None' if kind.endswith('None') else ''))
+    if not good:
+        fail(f'{name} is {value!r:.200}; it must be {wanted}{", or None" if optional else ""}')
+    return int(result) if kind == 'int' else float(result) if kind == 'float' else result
 
 
 def nearest(key, valid):
@@ -124,66 +121,63 @@ def nearest(key, valid):
     return f'did you mean {close[0]}?' if close else ''
 
 
-def settings_of(script, model=False, also=None):
-    """{name: (type, default, meaning)} of all settings of a script (its __file__).
-
-    With model=True every field of GPTConfig is a setting too, unless the script declares it with a default of its
-    own, and with `also` so is what another script declares.
-    """
-    own = declared(Path(script))
-    for more in (declared(ROOT / also) if also else {}, declared(ROOT / 'model.py', 'GPTConfig') if model else {}):
-        own |= {key: entry for key, entry in more.items() if key not in own}
-    return own
-
-
-def read(script, model=False, also=None):
-    """The settings of a script as {name: value}, see settings_of, and the set of names that a file or a flag gave."""
-    own, fields = settings_of(script, model, also), declared(ROOT / 'model.py', 'GPTConfig')
-    known = {key: entry for name in SCRIPTS for key, entry in declared(ROOT / name).items()} | own | fields
-    values, given = {key: default for key, (_, default, _) in own.items()}, set()
-    for argument in sys.argv[1:]:
-        if argument in ('--help', '-h'):
-            print(f'python {Path(script).name} [config/NAME.py ...] [--key=value ...]\n')
-            for key, (_, default, meaning) in own.items():
-                print(f'  --{key}={default!r}'.ljust(44) + f'  {meaning or known[key][2]}')
-            raise SystemExit(0)
-        try:
-            if argument.startswith('--'):
-                key, equals, value = argument[2:].partition('=')
-                key = key.replace('-', '_')
-                if key not in own:
-                    raise ValueError(f'there is no setting {key!r}; {nearest(key, own)} (--help lists all)')
-                if not equals and own[key][0] == 'bool':  # --overwrite is --overwrite=True
-                    equals, value = True, 'True'
-                if not equals:
-                    raise ValueError(f'--{key} needs a value: --{key}={own[key][1]!r}, for instance')
-                given.add(key)
-                values[key] = convert('--' + key, value, own[key][0])
-            else:
-                for key, value in run_file(argument, values).items():
-                    if key not in known:
-                        raise ValueError(f'{argument}: there is no setting {key!r}; {nearest(key, known)}')
-                    value = convert(f'{argument}: {key}', value, known[key][0])
-                    if key in own:
-                        given.add(key)
-                        values[key] = value
-        except ValueError as error:
-            fail(error)
-    return values, given
-
-
 def run_file(path, values):
-    """Run a config file with `values` in sight and return what it assigned."""
+    """Run a config file with the settings so far as its globals, and return what it assigned."""
     if not Path(path).is_file():
-        files = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('config/[!_]*.py'))
+        files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob('config/[!_]*.py'))
         fail(f'{path}: no such file; {nearest(path, files)}')
     names = dict(values)
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
         exec(compile(tree, path, 'exec'), names)
-    except (Exception, SystemExit) as error:  # whatever a file can raise, the user wants to know the place
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = getattr(error, 'lineno', None) or frames and frames[-1].lineno
-        fail(f'{path}{f", line {line}" if line else ""}: {type(error).__name__}: {error}')
+    except (Exception, SystemExit) as error:  # a file can raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        fail(f'{path}, line {getattr(error, "lineno", lines[-1] if lines else 1)}: {type(error).__name__}: {error}')
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return {key: names[key] for key in names if key in stored and not key.startswith('_')}
+
+
+def print_help(script, settings, fields):
+    """Print every setting under its heading, with its default, type and meaning, and exit."""
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+    print(f'python {script} [config/NAME.py ...] [--key=value ...]')
+    printed = None
+    for key, (kind, default, meaning, heading) in settings.items():
+        if heading != printed:
+            print(f'\n{heading}')
+        print(f'  --{key}={default!r}'.ljust(44), kind.ljust(16), meaning or fields[key][2])
+        printed = heading
+    raise SystemExit(0)
+
+
+def pick_device(device, dtype):
+    """The torch device and the name of the dtype to compute in, chosen here where they are 'auto'."""
+    import torch
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        fail(f'device {device!r} cannot be used here: {str(error).splitlines()[0]}')
+    if dtype == 'auto' and device.startswith('cuda'):
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':  # a CPU without bf16 units emulates bf16, up to a hundred times slower than fp32
+        units = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        dtype = 'bfloat16' if device == 'cpu' and any(units) else 'float32'
+    if dtype not in ('bfloat16', 'float16', 'float32'):
+        fail(f'dtype is {dtype!r}; it must be auto, bfloat16, float16 or float32')
+    if device == 'cpu':
+        with suppress(AttributeError, OSError, TypeError):  # Linux only
+            # malloc keeps what a step frees for the next one, instead of faulting it in again: 10 % of a step. Blocks
+            # below 32 MB (M_MMAP_THRESHOLD) come from a heap that does not shrink (M_TRIM_THRESHOLD).
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2 ** 25), mallopt(-1, 2 ** 31 - 1)
+    return device, dtype
+
+
+def peak_flops(device, dtype):
+    """The FLOP/s that MFU is measured against; None for fp32 and for a device that is not in PEAK_TFLOPS."""
+    import torch
+    name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)

@@ -1,0 +1,601 @@
+"""
+The long checks: runs that are killed, that lose their disk or their data, that several processes share, and input that
+is damaged or random. test_model.py holds the short ones.
+
+    pytest -q .ci/stress.py                       # all, about an hour on two cores
+    pytest -q .ci/stress.py -k killed             # one part
+    NUMBER=50 pytest -q .ci/stress.py             # 50 mutations and random commands of each kind instead of 1,000
+
+A damaged file must be refused, with one line and exit status 2, or be harmless. There are no checksums, so a changed
+value inside a tensor is harmless by this definition.
+"""
+
+import contextlib
+import copy
+import gc
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
+os.environ['OMP_NUM_THREADS'] = '1'  # a second thread slows models this small
+sys.modules['matplotlib'] = None  # a plot takes longer than the rest of a short run
+
+import config
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+
+from model import GPT, GPTConfig
+from prepare import load_tokenizer
+
+NUMBER = int(os.environ.get('NUMBER', 1000))  # mutations of each kind, random commands; a twentieth of it: kills
+MODEL = '--hidden_size=32 --intermediate_size=32 --num_hidden_layers=2 --block_size=16 --batch_size=4'.split()
+CPU = '--eval_iters=2 --sample_tokens=0 --device=cpu --dtype=float32'.split()
+SHORT = [*MODEL, *CPU, *'--max_iters=24 --eval_interval=6 --log_interval=4 --dropout=0.1 --warmup_iters=3'.split()]
+SHARED = [*CPU, *'--max_iters=50 --eval_interval=4 --log_interval=1 --warmup_iters=3'.split()]
+
+
+# --- scripts, in this process and in others --------------------------------------------------------------------------
+
+def run(script, *arguments):
+    """Run a script in this process -> (exit status, stderr)."""
+    err, status = io.StringIO(), 0
+    handlers = mock.patch('signal.signal')  # Ctrl-C and the alarm of `fuzz` keep theirs
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), handlers:
+        sys.argv = [script, *map(str, arguments)]
+        try:
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+        except SystemExit as error:
+            status = error.code or 0
+    gc.collect()  # releases the lock on out_dir of a script that failed
+    return status, err.getvalue()
+
+
+def assert_refused(script, status, err, *words):
+    """Exit status 2 and one line `script: message`, which holds the words."""
+    messages = [line for line in err.splitlines() if f'{script}: ' in line]
+    assert status == 2 and 'Traceback' not in err and len(messages) == 1, err
+    assert all(str(word) in messages[0] for word in words), err
+
+
+def assert_harmless(script, status, err):
+    """Refused, or done without an error."""
+    if status or 'Traceback' in err:
+        assert_refused(script, status, err)
+
+
+def child(script, arguments, log, environment, trap):
+    """The main function of the processes of `start`."""
+    with open(log, 'w') as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.setpgrp()  # signals to this group reach no other process
+    os.environ.update(environment)
+    set_trap(*trap)
+    sys.argv = [script, *map(str, arguments)]
+    runpy.run_path(str(ROOT / script), run_name='__main__')
+
+
+def set_trap(where=None, number=1, sent=signal.SIGTERM):
+    """Send this process a signal right after the number-th optimizer step, forward pass of an evaluation, save of
+    tensors, or change of a file. A file opened for writing is empty at that moment."""
+    count = itertools.count(1)
+    changes = [(os, name) for name in ('fsync', 'rename', 'replace', 'unlink', 'rmdir', 'mkdir')]
+    functions = dict(step=[(torch.optim.AdamW, 'step')], evaluation=[(GPT, 'hidden_states')],
+                     save=[(safetensors.torch, 'save_file')],
+                     file=[*changes, (io, 'open'), (safetensors.torch, 'save_file')])
+    for owner, name in functions.get(where, []):
+        def trapped(*arguments, function=getattr(owner, name), **options):
+            result = function(*arguments, **options)
+            if (where != 'evaluation' or not arguments[0].training) and next(count) == number:
+                os.kill(os.getpid(), sent)
+            return result
+
+        setattr(owner, name, trapped)
+
+
+def start(log, script, *arguments, trap=(), **environment):
+    """Run a script in a process of its own, with its output in a file. A fork saves the seconds of the imports."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['stress', 'torch._dynamo', 'torch.distributed.checkpoint'])
+    process = context.Process(target=child, args=(script, arguments, log, environment, trap))
+    process.start()
+    process.log = log
+    return process
+
+
+def start_processes(number, log, *arguments, trap=()):
+    """train.py in as many processes as torchrun would start, with output in log0, log1, ... The last has the trap."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    return [start(Path(f'{log}{rank}'), 'train.py', *arguments, trap=trap if rank == number - 1 else (),
+                  RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR='127.0.0.1',
+                  MASTER_PORT=port) for rank in range(number)]
+
+
+def ended(process):
+    """(exit status, output) of a process that `start` gave. It is killed after ten minutes; torch.compile takes some."""
+    process.join(600)
+    process.kill()
+    process.join()
+    return process.exitcode, process.log.read_text()
+
+
+def done(*processes):
+    """The output of the first of these processes, once all have ended well."""
+    results = [ended(process) for process in processes]
+    assert all(status == 0 and 'Traceback' not in printed for status, printed in results), results
+    return results[0][1]
+
+
+# --- data and runs to compare with -----------------------------------------------------------------------------------
+
+def make_data(folder):
+    """A text, prepared by character in folder/data."""
+    (folder / 'text.txt').write_text('the quick brown fox jumps over the lazy dog\n' * 50)
+    status, err = run('prepare.py', f'--dataset={folder}/text.txt', '--tokenizer=char', f'--data_dir={folder}/data')
+    assert status == 0, err
+    return folder / 'data'
+
+
+def metrics(out):
+    """The rows of metrics.jsonl, except for what depends on the clock."""
+    rows = map(json.loads, (out / 'metrics.jsonl').read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in ('tokens_per_second', 'mfu')} for row in rows]
+
+
+def step_of(folder):
+    return json.loads((folder / 'state.json').read_text())['step']
+
+
+def assert_same_run(out, other):
+    """The same numbers, and the same weights and moments at the end, to the last bit."""
+    assert metrics(out) == metrics(other)
+    for file in ('model.safetensors', 'optimizer/moments.safetensors'):
+        ours, theirs = load_file(out / 'last' / file), load_file(other / 'last' / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_close_runs(out, other):
+    """The same rows, and numbers and parameters that differ by less than 1e-5."""
+    ours, theirs = metrics(out), metrics(other)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for a, b in zip(ours, theirs):
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a, b)
+    ours, theirs = (GPT.from_pretrained(folder / 'last', torch.float32) for folder in (out, other))
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-5, name
+
+
+@pytest.fixture(scope='session')
+def undisturbed(tmp_path_factory):
+    """(data, out_dir of a run of SHORT)."""
+    folder = tmp_path_factory.mktemp('undisturbed')
+    data = make_data(folder)
+    done(start(folder / 'log', 'train.py', f'--data_dir={data}', f'--out_dir={folder}/out', *SHORT))
+    return data, folder / 'out'
+
+
+# --- killed, stopped, without disk or data ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('by', ['time', 'file'])
+def test_killed(by, undisturbed, tmp_path):
+    """SIGKILL at a random time, or at a random change of a file; the same command again goes on to the same bits."""
+    rng, log, resumed = random.Random(by), tmp_path / 'log', 0
+    for number in range(max(1, NUMBER // 40)):
+        out = tmp_path / str(number)
+        command = ['train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT, '--init_from=resume']
+        trap = ('file', rng.randint(1, 170), signal.SIGKILL) if by == 'file' else ()
+        process = start(log, *command, trap=trap)
+        if by == 'time':
+            while not (out / 'metrics.jsonl').exists():
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 1.5))
+            process.kill()
+        ended(process)
+        resumed += any(out.glob('last*/state.json'))
+        status, printed = ended(start(log, *command))
+        finished = status == 2 and 'max_iters (24)' in printed  # the kill came after the last checkpoint
+        assert status == 0 or finished, f'{trap}: {printed}'
+        assert_same_run(out, undisturbed[1])
+        shutil.rmtree(out)
+    assert resumed > number // 3
+
+
+@pytest.mark.parametrize('where, number, stopped_at', [
+    ('step', 1, 2), ('step', 9, 10), ('step', 12, 13), ('evaluation', 1, 1), ('evaluation', 2, 7),
+    ('evaluation', 5, 24), ('save', 1, 7), ('save', 2, 7), ('save', 3, 7), ('save', 4, 13)])
+def test_sigterm(where, number, stopped_at, undisturbed, tmp_path):
+    """SIGTERM ends a run with a checkpoint after the next gradient; its command resumes to the same bits."""
+    out, log = tmp_path / 'out', tmp_path / 'log'
+    printed = done(start(log, 'train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT,
+                         trap=(where, number)))
+    before = (stopped_at - 1) // 6 * 6
+    assert step_of(out / 'last') == stopped_at and (step_of(out / 'last.old') if before else 0) == before
+    if stopped_at < 24:
+        command = [word for word in printed.split() if word.startswith(('--out_dir=', '--init_from='))]
+        done(start(log, 'train.py', *command))  # the run remembers its other settings
+    assert_same_run(out, undisturbed[1])
+    assert_refused('train.py', *ended(start(log, 'train.py', f'--out_dir={out}', '--init_from=resume')), 'max_iters')
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """(an empty file system in memory, a function that changes its mount options)."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = lambda options: subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder]).returncode
+    if not shutil.which('mount') or mount('rw'):
+        pytest.skip('needs the right to mount a tmpfs')
+    yield folder, lambda options: mount(f'remount,{options}')
+    subprocess.run(['umount', folder])
+
+
+@pytest.mark.parametrize('size', ['500k', '1000k', '1500k', '2000k'])
+def test_full_disk(size, undisturbed, disk, tmp_path):
+    """A disk that fills up, or becomes read-only, and then has room again: one line each time, and nothing is lost."""
+    (folder, remount), log, out = disk, tmp_path / 'log', disk[0] / 'out'
+    command = ['train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT]
+    remount(f'size={size}')
+    assert_refused('train.py', *ended(start(log, *command)), out)
+    assert not any(out.glob('*.new')) and (size == '500k' or any(out.glob('last*')))
+    for options in ('ro', 'rw'):
+        remount(options)
+        assert_refused('train.py', *ended(start(log, *command, '--init_from=resume')), out)
+    remount('rw,size=50m')
+    done(start(log, *command, '--init_from=resume'))
+    assert_same_run(out, undisturbed[1])
+
+
+@pytest.mark.parametrize('script, arguments', [
+    ('prepare.py', '--dataset=builtin --tokenizer=byte --megabytes=4 --data_dir='),
+    ('sample.py', '--out_dir={} --export=')])
+def test_full_disk_of_other_scripts(script, arguments, undisturbed, disk, tmp_path):
+    (folder, remount), command = disk, [script, *arguments.format(undisturbed[1]).split()]
+    command[-1] += f'{folder}/new'
+    for options in ('rw,size=50k', 'ro'):
+        remount(options)
+        assert_refused(script, *ended(start(tmp_path / 'log', *command)))
+        assert not [path for path in folder.rglob('*') if path.is_file()]
+
+
+@pytest.mark.parametrize('change', [Path.unlink, lambda path: os.truncate(path, 100)], ids=['removed', 'cut short'])
+def test_vanished_data(change, tmp_path):
+    """Data that is cut short or removed while a run reads it ends the run with a line. Its checkpoint stays whole."""
+    data, out, log = make_data(tmp_path), tmp_path / 'out', tmp_path / 'log'
+    command = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT, '--max_iters=100000']
+    process = start(log, *command)
+    while not (out / 'last').exists():
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    change(data / 'train.bin')
+    assert_refused('train.py', *ended(process), 'train.bin')
+    step = step_of(out / 'last')
+    make_data(tmp_path)
+    done(start(log, *command, '--init_from=resume', f'--max_iters={step + 1}'))
+
+
+def test_several_runs_in_one_folder(undisturbed, tmp_path):
+    """Of runs that start together in one folder, one trains and the others are refused."""
+    for number in range(max(1, NUMBER // 100)):
+        out = tmp_path / f'out{number}'
+        command = ['train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT]
+        results = [ended(process) for process in [start(tmp_path / f'log{i}', *command) for i in range(3)]]
+        assert sorted(status for status, _ in results) == [0, 2, 2], results
+        assert not any('Traceback' in printed for _, printed in results), results
+        assert_same_run(out, undisturbed[1])
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('number, changes', [
+    (2, ''), (2, '--fsdp=True'), (2, '--recompute=True'), (2, '--fsdp=True --recompute=True'),
+    (2, '--gradient_accumulation_steps=3 --batch_size=2'), (4, '--gradient_accumulation_steps=2 --fsdp=True'), (4, ''),
+    (2, '--compile=True'), (2, '--fsdp=True --compile=True'),
+    (2, '--fsdp=True --num_local_experts=3 --tie_word_embeddings=True'),
+    (2, '--fsdp=True --muon_lr=0 --learning_rate=1e-3')])
+def test_processes(number, changes, tmp_path):
+    """One process or several, DDP or FSDP2: the same numbers, and each resumes what the other began."""
+    log, fsdp = tmp_path / 'log', [change for change in changes.split() if change == '--fsdp=True']
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED]
+    common += [change for change in changes.split() if change not in fsdp]
+    one, many, mixed = (tmp_path / name for name in ('one', 'many', 'mixed'))
+    by_one = lambda *arguments, trap=(): [start(log, 'train.py', *arguments, trap=trap)]
+    by_many = lambda *arguments, trap=(): start_processes(number, log, *arguments, *fsdp, trap=trap)
+    done(*by_one(*common, f'--out_dir={one}'))
+    done(*by_many(*common, f'--out_dir={many}'))
+    assert_close_runs(many, one)
+    for begin, resume in ((by_many, by_one), (by_one, by_many)):
+        done(*begin(*common, f'--out_dir={mixed}', '--overwrite', trap=('step', 7)))
+        assert step_of(mixed / 'last') == 8
+        done(*resume(f'--out_dir={mixed}', '--init_from=resume'))
+        assert_close_runs(mixed, one)
+
+
+@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True']], ids=['ddp', 'fsdp'])
+def test_adapters_of_two_processes(fsdp, undisturbed, tmp_path):
+    """Adapters, whose checkpoints do not hold the base model: stopped, resumed, and equal to those of one process."""
+    log, flags = tmp_path / 'log', [f'--data_dir={undisturbed[0]}', f'--init_from={undisturbed[1]}/best', *MODEL[3:],
+                                    *SHARED, '--lora_rank=2', '--dropout=0']
+    one, many = tmp_path / 'one', tmp_path / 'many'
+    done(start(log, 'train.py', *flags, f'--out_dir={one}'))
+    done(*start_processes(2, log, *flags, *fsdp, f'--out_dir={many}', trap=('evaluation', 2)))
+    assert step_of(many / 'last') == 5
+    done(*start_processes(2, log, f'--out_dir={many}', '--init_from=resume', *fsdp))
+    assert_close_runs(many, one)
+
+
+def torchrun(nodes, restarts, out, *arguments):
+    """train.py by the documented command, with `nodes` torchruns of two processes in all. Rank 1 is killed once, after
+    the first checkpoint -> (exit statuses, stderr)."""
+    with socket.socket() as free:
+        free.bind(('', 0))
+        port = free.getsockname()[1]
+    command = ['torchrun', f'--nnodes={nodes}', '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}',
+               f'--nproc_per_node={2 // nodes}', f'--max-restarts={restarts}', ROOT / 'train.py', f'--out_dir={out}',
+               '--init_from=resume', *arguments]
+    options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                   env=os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'))
+    agents = [subprocess.Popen(command, **options) for _ in range(nodes)]
+    try:
+        while not (out / 'last').exists() and all(agent.poll() is None for agent in agents):
+            time.sleep(0.01)
+        for process in Path('/proc').glob('[0-9]*'):
+            with contextlib.suppress(OSError):  # it ended
+                if str(out) in (process / 'cmdline').read_text() and '\0RANK=1\0' in (process / 'environ').read_text():
+                    os.kill(int(process.name), signal.SIGKILL)
+        errors = [agent.communicate(timeout=300)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    return [agent.returncode for agent in agents], ''.join(errors)
+
+
+@pytest.mark.parametrize('nodes, fsdp', [(1, []), (1, ['--fsdp=True']), (2, [])])
+def test_torchrun(nodes, fsdp, tmp_path):
+    """A rank that dies ends the job within a minute. With --max-restarts the job goes on from the last checkpoint, to
+    the numbers of an undisturbed run. Two nodes are two torchruns here."""
+    one, many, common = tmp_path / 'one', tmp_path / 'many', [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED]
+    done(start(tmp_path / 'log', 'train.py', *common, f'--out_dir={one}'))
+    began = time.time()
+    statuses, errors = torchrun(nodes, 0, many, *common, *fsdp)
+    assert '-9' in errors and all(statuses) and time.time() - began < 60, errors
+    shutil.rmtree(many)
+    statuses, errors = torchrun(nodes, 1, many, *common, *fsdp)
+    assert '-9' in errors and not any(statuses), errors
+    assert_close_runs(many, one)
+
+
+# --- damaged files and random commands -------------------------------------------------------------------------------
+
+def fuzz(work, number, folder, log):
+    """Call work(rng, folder) so often, each with 20 seconds and 2 GB. The log gets a traceback for each that fails."""
+    if sys.platform == 'linux':
+        used = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 2 ** 31, used + 2 ** 31))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # raises KeyboardInterrupt
+    with open(log, 'w', buffering=1) as file:
+        for i in range(number):
+            signal.alarm(20)
+            try:
+                work(random.Random(i), folder)
+            except BaseException:
+                print(f'--- try {i}:', traceback.format_exc(limit=-4)[-4000:], file=file)
+            finally:
+                signal.alarm(0)
+
+
+def mutated(rng, content):
+    """Bytes of which a part is taken out, put in or replaced."""
+    at, size = rng.randrange(len(content) + 1), rng.choice([1, 8, 100, len(content)])
+    new = rng.choice([b'', rng.randbytes(size), b'[' * 100000])
+    return content[:at] + new + content[at + rng.choice([0, size]):]
+
+
+WILD = [None, True, -1, 0, 1, 3, 10 ** 9, 2 ** 63, 10 ** 40, 1e308, math.inf, math.nan, 0.5, '', 'x', 'F64', 'I64', [],
+        {}, [[]], [1, 2], {'a': 1}, '../../etc/passwd', 'x' * 10000, list(range(1000))]
+
+
+def mutated_json(rng, value):
+    """A value of which one part, at any depth, is replaced or taken out."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.2:
+        return rng.choice(WILD)
+    value = copy.copy(value)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if rng.random() < 0.1:
+        del value[key]
+    else:
+        value[key] = mutated_json(rng, value[key])
+    return value
+
+
+def mutate(rng, path):
+    """Change a file. Of safetensors change the header, the eight bytes of its length, or where the file ends."""
+    content = path.read_bytes()
+    tensors = path.suffix == '.safetensors'
+    begin, end = (8, 8 + int.from_bytes(content[:8], 'little')) if tensors else (0, len(content))
+    if path.suffix in ('.json', '.safetensors') and rng.random() < 0.6:
+        part = json.dumps(mutated_json(rng, json.loads(content[begin:end]))).encode()
+    else:
+        part = mutated(rng, content[begin:end])
+    length = rng.choice([*[len(part)] * 8, len(part) - 1, len(part) + 1, 0, rng.getrandbits(64)])
+    content = (max(length, 0).to_bytes(8, 'little') if tensors else b'') + part + content[end:]
+    path.write_bytes(content if rng.random() < 0.8 else content[:rng.randrange(len(content) + 1)])
+
+
+def load_mutated(rng, folder):
+    """A checkpoint of each kind with one file changed: from_pretrained names the folder in a ValueError, or loads."""
+    tried = folder / 'tried'
+    for source in sorted(folder.glob('checkpoint*')):
+        shutil.rmtree(tried, ignore_errors=True)
+        shutil.copytree(source, tried)
+        mutate(rng, rng.choice(sorted(tried.iterdir())))
+        try:
+            GPT.from_pretrained(tried, torch.float32)
+        except ValueError as error:
+            assert str(tried) in str(error), error
+
+
+def train_mutated(rng, folder):
+    """Data, or a run to resume, with one file changed."""
+    tried = folder / 'tried'
+    shutil.rmtree(tried, ignore_errors=True)
+    shutil.copytree(folder / 'run', tried)
+    options = [f'--out_dir={tried}/out', f'--data_dir={tried}/data', *CPU, '--batch_size=4', '--compile=False']
+    if rng.random() < 0.5:
+        path = tried / 'data' / rng.choice(['train.bin', 'val.bin', 'meta.json', 'meta.json', 'tokenizer.tiktoken'])
+        options += ['--overwrite', *MODEL, '--eval_interval=2', '--max_iters=3']
+    else:
+        path = tried / 'out/last' / rng.choice(['state.json', 'state.json', 'state.json', 'config.json', 'meta.json',
+                                                'optimizer/moments.safetensors', 'model.safetensors'])
+        options += ['--init_from=resume', '--max_iters=26', '--gradient_accumulation_steps=1']
+    mutate(rng, path)
+    assert_harmless('train.py', *run('train.py', *options))
+
+
+SCRIPTS = {
+    'train.py': ['--data_dir=run/data', *MODEL, *CPU, '--max_iters=2', '--out_dir=random', '--overwrite'],
+    'prepare.py': ['--dataset=text.txt', '--tokenizer=char', '--data_dir=prepared'],
+    'sample.py': ['--out_dir=run/out', '--max_new_tokens=3', '--device=cpu', '--start=the'],
+    'bench.py': ['--rounds=1', '--steps=1', '--prompt_tokens=4', '--new_tokens=2', *MODEL, '--device=cpu',
+                 '--parts=decode', '--vocab_size=20', '--json_file=']}
+VALUES = dict(
+    int=['0', '1', '2', '3', '5', '64', '-1', '1e3', '1.5', '10' * 20, 'x', '', 'None', 'nan', '2**9'],
+    float=['0', '1', '0.5', '-1', '1e-3', 'inf', 'nan', '1e400', 'x', '', 'None', '1e30', '3'],
+    bool=['True', 'False', '1', 'x', '', 'None'],
+    str=['', 'x', 'resume', '/dev/null', 'None', 'a=b', '\0', 'ä' * 300, '..', 'byte', 'bpe', 'builtin', 'mxfp4',
+         'checkpoint', 'checkpoint-packed', 'checkpoint-adapter', 'cosine', 'bfloat16', 'FILE:text.txt', 'train'])
+
+
+def random_command(rng, folder):
+    """A script with random settings, as flags or in a config file."""
+    script = rng.choice(['train.py'] * 5 + ['prepare.py'] * 2 + ['sample.py'] * 3 + ['bench.py'])
+    known = config.declared(script)
+    if script in ('train.py', 'bench.py'):
+        known = config.declared('model.py') | known
+    flags, lines, slow = [], [], {'device', 'learn', 'compare', 'profile', 'compile'}
+    for key in rng.sample(sorted(known.keys() - slow), rng.choice([1, 1, 2, 3])):
+        kind, default, _, _ = known[key]
+        values = VALUES.get(kind.partition(' ')[0], ['x', 'sliding_attention,full_attention', ''])
+        value = rng.choice([*values, str(default)])
+        flags.append(f'--{key}={value}')
+        lines.append(f'{key} = {value if rng.random() < 0.5 else repr(value)}')
+    if rng.random() < 0.1:
+        flags += [rng.choice(['--', '-x', '--=', '=', '--overwrite', '--max_iters', 'config/none.py', '--LR=1', '.'])]
+    if rng.random() < 0.3:
+        lines.append(rng.choice(['', 'x = 1', '(', 'import nothing', '1 / 0']))
+        (folder / 'settings.py').write_text('\n'.join(lines))
+        flags = ['settings.py']
+    os.chdir(folder)
+    try:
+        assert_harmless(script, *run(script, *SCRIPTS[script], *flags))
+    except KeyboardInterrupt:
+        return  # it asked for much work
+    except BaseException as error:
+        raise AssertionError(f'{script} {flags} {lines}') from error
+
+
+@pytest.fixture(scope='session')
+def samples(undisturbed, tmp_path_factory):
+    """A folder with a checkpoint of each kind, a run, its data, and a text."""
+    folder = tmp_path_factory.mktemp('samples')
+    shutil.copytree(undisturbed[0], folder / 'run/data')
+    shutil.copytree(undisturbed[1], folder / 'run/out')
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8))
+    model.save_pretrained(folder / 'checkpoint')
+    model.save_pretrained(folder / 'checkpoint-packed', torch.bfloat16, 'mxfp4', shard_size=5e4)
+    adapted = GPT.from_pretrained(folder / 'checkpoint', torch.float32)
+    adapted.add_lora(2, 4)
+    adapted.save_adapter(folder / 'checkpoint-adapter')
+    shutil.copy(undisturbed[0].parent / 'text.txt', folder)
+    return folder
+
+
+@pytest.mark.parametrize('work', [load_mutated, train_mutated, random_command])
+def test_hostile_input(work, samples, tmp_path):
+    shutil.copytree(samples, tmp_path / 'here')
+    context = multiprocessing.get_context('forkserver')
+    process = context.Process(target=fuzz, args=(work, NUMBER, tmp_path / 'here', tmp_path / 'log'))
+    process.start()
+    process.join()
+    failures = (tmp_path / 'log').read_text()
+    assert process.exitcode == 0 and not failures, f'exit status {process.exitcode}\n{failures:.20000}'
+
+
+def cuts(path):
+    """Cut the file in its beginning, its header, its body and before its last byte, then restore it."""
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], 'little') if path.suffix == '.safetensors' else 8
+    for size in sorted({0, 1, 7, 9, header // 2, header - 1, header, header + 1, len(content) // 2, len(content) - 1}):
+        if content[:size].strip() != content.strip():
+            path.write_bytes(content[:size])
+            yield size
+    path.write_bytes(content)
+
+
+def test_checkpoints_cut_short(samples, tmp_path):
+    for source in samples.glob('checkpoint*'):
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        for path in {*folder.iterdir()} - {folder / 'model.safetensors.index.json'}:  # the index is for others
+            for size in cuts(path):
+                with pytest.raises(ValueError) as caught:
+                    GPT.from_pretrained(folder, torch.float32)
+                assert str(folder) in str(caught.value), (path, size)
+
+
+def test_data_cut_short(undisturbed, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(undisturbed[0], data)
+    for path in data.iterdir():
+        for size in cuts(path):
+            if path.suffix != '.bin':
+                with pytest.raises(ValueError) as caught:
+                    load_tokenizer(data)
+                assert str(data) in str(caught.value), (path, size)
+            if path.suffix != '.tiktoken':
+                result = run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/new', *SHORT)
+                assert_refused('train.py', *result, path)
+
+
+def test_runs_cut_short(undisturbed, tmp_path):
+    """A file of last cut short: the run resumes from last.old, to the same bits. Without last.old it is refused."""
+    source, out = tmp_path / 'source', tmp_path / 'out'
+    shutil.copytree(undisturbed[1], source)
+    for path in [path for path in (source / 'last').rglob('*') if path.is_file()]:
+        for size in cuts(path):
+            shutil.copytree(source, out)
+            status, err = run('train.py', f'--out_dir={out}', '--init_from=resume')
+            if path.name == 'tokenizer.tiktoken':  # is compared with that of the data
+                assert_refused('train.py', status, err, out / 'last')
+            else:
+                assert status == 0, f'{path}, {size}: {err}'
+                assert_same_run(out, undisturbed[1])
+            for name in ('last', 'last.old'):
+                shutil.rmtree(out / name)
+            shutil.copytree(source / 'last', out / 'last')
+            result = run('train.py', f'--out_dir={out}', '--init_from=resume', '--max_iters=25')
+            assert_refused('train.py', *result, out)
+            shutil.rmtree(out)
