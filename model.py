@@ -485,10 +485,14 @@ class GPT(nn.Module):
         (B, T), c, training = idx.shape, self.config, self.training
         for name, value, least, most in (
                 ('temperature', temperature, 0, 1e9), ('top_k', top_k, 1, math.inf), ('top_p', top_p, 1e-9, 1),
-                ('min_p', min_p, 0, 1), ('the length of the prompt', T, 1, c.max_position_embeddings - max_new_tokens),
-                ('the prompt has a token id that', idx.max() if T else 0, 0, c.vocab_size - 1)):
+                ('min_p', min_p, 0, 1)):
             if value is not None and not least <= value <= most:
                 raise ValueError(f'{name} is {value}; it must be between {least} and {most}')
+        if not 1 <= T <= c.max_position_embeddings - max_new_tokens:
+            raise ValueError(f'the prompt has {T} tokens and max_new_tokens is {max_new_tokens}; the prompt must have a '
+                             f'token, and both at most max_position_embeddings ({c.max_position_embeddings})')
+        if not 0 <= idx.min() <= idx.max() < c.vocab_size:
+            raise ValueError(f'the prompt has token ids outside of vocab_size ({c.vocab_size}); another tokenizer?')
         dtype, length = self.lm_head.weight.dtype, min(T + max_new_tokens, context or math.inf)
         if torch.is_autocast_enabled(idx.device.type):
             dtype = torch.get_autocast_dtype(idx.device.type)
@@ -946,9 +950,10 @@ class MXFP4(nn.Module):
     def pack(cls, stack, experts='mxfp4'):
         """Quantize a stack (E, out, in) to the nearest values, half-way to the even code. Two scales are tried for 32
         values, with the largest between 4 and 8 or 2 and 4, and the better one is kept. Raises ValueError."""
-        if experts != 'mxfp4' or stack.size(-1) % 32 or not stack.isfinite().all():
-            raise ValueError(f'experts is {experts!r}, for rows of {stack.size(-1)}; it must be mxfp4, for finite rows '
-                             'of a multiple of 32')
+        if experts != 'mxfp4' or stack.size(-1) % 32:
+            raise ValueError(f'experts={experts!r}, rows of {stack.size(-1)}; it must be mxfp4, with a multiple of 32')
+        if not stack.isfinite().all():
+            raise ValueError('there are weights that are not finite, which MXFP4 cannot hold')
         limits = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], device=stack.device)
         limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))  # bucketize takes a limit down, here it goes up
         packed = []

@@ -293,7 +293,7 @@ def test_another_way_to_train(how):
         loss = run(idx, idx, return_logits=False)[1]
         loss.backward()
         results.append([loss, gpt.balance.clone(), gpt.expert_load.clone(), *gradients(gpt).values()])
-    assert how == 'compiled' or (results[0][0] - make(num_hidden_layers=2)(idx, idx)[1]).abs() > 0.1  # dropout is on
+    assert how == 'compiled' or gpt(idx, idx)[1] != results[0][0]  # without the seed dropout is another
     for plain, other in zip(*results):
         torch.testing.assert_close(other, plain, rtol=1e-4 if how == 'compiled' else 1e-6, atol=1e-6)
 
@@ -700,7 +700,7 @@ def test_adapter_files(experts, tmp_path):
 
 def run(script, *arguments, cwd=ROOT):
     """Run a script in this process -> (exit status, its output, its errors). run.names holds its globals."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err, status, run.names = io.StringIO(), io.StringIO(), 0, {}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, 'argv', [script, *map(str, arguments)])

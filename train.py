@@ -77,8 +77,8 @@ log_interval = 10  # steps between rows of metrics.jsonl
 start = 'Once upon a time'  # start of the sample at the end; empty: the end-of-text token
 sample_tokens = 400  # length of that sample; 0: none
 wandb_log = False  # log to Weights & Biases too
-wandb_project = 'nano-gpt-oss'
-wandb_run_name = ''  # empty: out_dir
+wandb_project = 'nano-gpt-oss'  # its project
+wandb_run_name = ''  # its name of the run; empty: out_dir
 # machine
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: what the device is fast in

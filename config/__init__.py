@@ -32,6 +32,9 @@ PEAK_TFLOPS = {  # dense bf16 (T4: fp16) from the data sheets, by a part of the 
 
 def fail(message):
     """End the script with one line on stderr, which says what was wrong and what to do, and exit status 2."""
+    if 'tqdm' in sys.modules:
+        for bar in list(sys.modules['tqdm'].tqdm._instances):
+            bar.close()  # it would share its line with the message
     process = f' (rank {os.environ["RANK"]})' if 'RANK' in os.environ else ''  # set by torchrun
     with suppress(OSError):  # stderr may be closed
         print(f'{Path(sys.argv[0]).name}{process}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
