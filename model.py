@@ -155,7 +155,8 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
     else:
         blocks = -(-T // window)
         tail = blocks * window - T
-        q = F.pad(q, (0, 0, 0, 0, 0, tail)).unflatten(1, (blocks, window)).flatten(0, 1)  # (B * blocks, window, ...)
+        q = F.pad(q, (0, 0, 0, 0, 0, tail)) if tail else q
+        q = q.unflatten(1, (blocks, window)).flatten(0, 1)  # (B * blocks, window, H, hd + extra)
         k, v = (F.pad(x, (0, extra, 0, 0, window, tail)).unflatten(1, (-1, window)) for x in (k, v))
         sink = k.new_zeros(1).expand(B, blocks, 1, *k.shape[3:])
         # the first key of the block before is outside of every window, so the sink takes its place
@@ -489,8 +490,8 @@ class GPT(nn.Module):
             if value is not None and not least <= value <= most:
                 raise ValueError(f'{name} is {value}; it must be between {least} and {most}')
         if not 1 <= T <= c.max_position_embeddings - max_new_tokens:
-            raise ValueError(f'the prompt has {T} tokens and max_new_tokens is {max_new_tokens}; the prompt must have a '
-                             f'token, and both at most max_position_embeddings ({c.max_position_embeddings})')
+            raise ValueError(f'the prompt has {T} tokens and max_new_tokens is {max_new_tokens}; the prompt must have '
+                             f'a token, and both at most max_position_embeddings ({c.max_position_embeddings})')
         if not 0 <= idx.min() <= idx.max() < c.vocab_size:
             raise ValueError(f'the prompt has token ids outside of vocab_size ({c.vocab_size}); another tokenizer?')
         dtype, length = self.lm_head.weight.dtype, min(T + max_new_tokens, context or math.inf)
@@ -722,7 +723,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x, dtype):
     """Roughly the nearest orthogonal matrices to x (batch, m, n), by three Newton-Schulz iterations with the
-    coefficients of Polar Express (arXiv:2505.16932). Singular values end between 0.18 and 1.9; closer to 1 trains no better."""
+    coefficients of Polar Express (arXiv:2505.16932). Singular values end between 0.18 and 1.9, which is near enough."""
     tall = x.size(1) > x.size(2)
     y = (x.mT if tall else x).to(dtype)
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
