@@ -846,10 +846,13 @@ def write_config(config, folder, dtype, experts):
 def save_file(tensors, path):
     """Write {name: tensor} as a safetensors file, with the rights of the JSON file beside it."""
     try:
-        from safetensors import torch as safetensors
+        from safetensors import SafetensorError, torch as safetensors
     except ImportError:
         raise ImportError('checkpoints are safetensors files: pip install safetensors') from None
-    safetensors.save_file(tensors, path, {'format': 'pt'})
+    try:
+        safetensors.save_file(tensors, path, {'format': 'pt'})
+    except SafetensorError as error:  # a full disk
+        raise OSError(f'cannot write {path}: {error}') from error
     for neighbour in path.parent.glob('*.json'):
         shutil.copymode(neighbour, path)
 
