@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -119,7 +120,7 @@ def summed(tensor):
 
 # --- the run in out_dir: its newest checkpoints last/ and last.old/, best/, and metrics.jsonl ------------------------
 
-FRESH = dict(step=0, sequences=0, tokens=0, skipped=0, skipped_in_a_row=0, best_loss=math.inf, losses=[],
+FRESH = dict(step=0, sequences=0, tokens=0, skipped=0, skipped_in_a_row=0, best_loss=math.inf, best_step=0, losses=[],
              expert_load=[], wandb='', scaler={}, settings={})  # state.json of a run that has not started
 
 
@@ -129,7 +130,7 @@ def checkpoints():
 
 def newest_state():
     """(folder, state) of the newest checkpoint whose files are all readable; (None, FRESH) where there is no run."""
-    for folder in checkpoints()[:2]:
+    for folder in (folder for folder in checkpoints() if folder.name != 'best'):
         try:
             for file in (*folder.rglob('*.safetensors'), *folder.glob('*.json')):
                 open_file(file) if file.suffix == '.safetensors' else read_json(file)
@@ -381,10 +382,13 @@ def moments():
 def load_moments(folder):
     """Read what any number of processes wrote."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
-    logging.disable()  # it logs a traceback for each process
+    logging.disable()  # it logs a traceback for each process, and warns where there is only one
+    warnings.filterwarnings('ignore', 'torch.distributed is disabled')
     try:
         load(moments(), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed)
     except (CheckpointException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointException):
+            error = error.failures[min(error.failures)][0]  # of the first process that failed
         config.fail(f'{folder} does not fit these optimizers ({type(error).__name__}: {error}); '
                     f'--init_from={folder.parent} --out_dir=NEW starts another run from the weights')
     logging.disable(logging.NOTSET)
@@ -559,6 +563,8 @@ model.train()
 try:
     if state.step == 0:
         evaluate_and_report()
+    elif state.best_step == state.step:  # the run may have been killed before it wrote this one
+        write_checkpoint('best')
     while state.step < max_iters and not stopping:
         began, rate = time.perf_counter(), schedule(state.step)
         for optimizer, peak in zip(optimizers, (learning_rate, muon_lr)):
@@ -605,10 +611,11 @@ try:
             state.losses, seconds = [], []
         evaluated = state.step % eval_interval == 0 or state.step == max_iters
         if evaluated and (val_loss := evaluate_and_report()) < state.best_loss:
-            state.best_loss = val_loss
-            write_checkpoint('best')
+            state.best_loss, state.best_step = val_loss, state.step
         if evaluated or stopping or state.skipped_in_a_row == 10:
             write_checkpoint('last')
+        if evaluated and state.best_step == state.step:
+            write_checkpoint('best')
         check(state.skipped_in_a_row < 10, f'the loss or its gradient was not finite for 10 steps in a row, which were '
                                            f'skipped; {out / "last"} holds the weights. Try a lower --learning_rate')
         with suppress(OSError):
