@@ -196,8 +196,8 @@ def main():
                     '--init_from')
     path = init_from or found[0]
     where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
-    torch.manual_seed(seed)
     model, encoder, block_size = load(path, getattr(torch, kind), where)
+    torch.manual_seed(seed)  # after loading, which draws numbers for adapters
     if export:
         return write_export(model, encoder, path)
 

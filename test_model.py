@@ -1082,7 +1082,7 @@ def test_not_finite(fox, tmp_path):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('where, number, sent', [
-    ('step', 9, signal.SIGTERM), ('evaluation', 3, signal.SIGTERM), ('rename', 6, signal.SIGKILL)])
+    ('step', 9, signal.SIGTERM), ('evaluation', 3, signal.SIGTERM), ('rename', 4, signal.SIGKILL)])
 def test_stopped(where, number, sent, fox, tmp_path):
     """A run stopped by a signal, then resumed, gives the numbers and bits of a run that was not."""
     out, log, killed = tmp_path / 'out', tmp_path / 'log', sent == signal.SIGKILL

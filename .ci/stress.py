@@ -2,7 +2,7 @@
 The long checks: runs that are killed, that lose their disk or their data, that several processes share, and input that
 is damaged or random. test_model.py holds the short ones.
 
-    pytest -q .ci/stress.py                       # all, about an hour on two cores
+    pytest -q .ci/stress.py                       # all, two to three hours on two cores
     pytest -q .ci/stress.py -k killed             # one part
     NUMBER=50 pytest -q .ci/stress.py             # 50 mutations and random commands of each kind instead of 1,000
 

@@ -120,8 +120,7 @@ def convert(name, value, kind):
 
 
 def nearest(key, valid):
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0)
-    return f'did you mean {close[0]}?' if close else ''
+    return f'did you mean {difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]}?'
 
 
 def run_file(path, values):
