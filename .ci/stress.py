@@ -134,7 +134,7 @@ def start_processes(number, log, *arguments, trap=()):
 
 
 def ended(process):
-    """(exit status, output) of a process that `start` gave. It is killed after ten minutes; torch.compile takes some."""
+    """(exit status, output) of a process that `start` gave. It is killed after ten minutes (torch.compile is slow)."""
     process.join(600)
     process.kill()
     process.join()
@@ -491,9 +491,7 @@ VALUES = dict(
 def random_command(rng, folder):
     """A script with random settings, as flags or in a config file."""
     script = rng.choice(['train.py'] * 5 + ['prepare.py'] * 2 + ['sample.py'] * 3 + ['bench.py'])
-    known = config.declared(script)
-    if script in ('train.py', 'bench.py'):
-        known = config.declared('model.py') | known
+    known = config.declared('model.py') | config.declared(script)
     flags, lines, slow = [], [], {'device', 'learn', 'compare', 'profile', 'compile'}
     for key in rng.sample(sorted(known.keys() - slow), rng.choice([1, 1, 2, 3])):
         kind, default, _, _ = known[key]
