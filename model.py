@@ -74,7 +74,8 @@ class GPTConfig:
             value, kind = getattr(self, field.name), {int: (int,), bool: (bool,)}.get(field.type, (int, float))
             good = type(value) in kind and (value > 0 or field.type is not int) and 0 <= value < 2 ** 31
             if field.name != 'layer_types' and not good:
-                raise ValueError(f'{field.name} is {value!r:.99}; it must be {field.type}, not negative, not too large')
+                wanted = {int: 'a whole number of at least 1', bool: 'True or False'}.get(field.type, 'at least 0')
+                raise ValueError(f'{field.name} is {value!r:.99}; it must be {wanted}')
         for good, rule in (
                 (heads % kv_heads == 0,
                  f'num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})'),

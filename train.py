@@ -135,7 +135,12 @@ def newest_state():
             for file in (*folder.rglob('*.safetensors'), *folder.glob('*.json')):
                 open_file(file) if file.suffix == '.safetensors' else read_json(file)
             raw = read_json(folder / 'state.json')
-            return folder, SimpleNamespace(**{key: type(value)(raw[key]) for key, value in FRESH.items()})
+            state = SimpleNamespace(**{key: type(value)(raw[key]) for key, value in FRESH.items()})
+            state.losses = np.array(state.losses, float).reshape(-1, 2).tolist()
+            state.expert_load = np.array(state.expert_load, int).tolist()
+            if min(state.step, state.sequences, state.tokens) < 0:
+                raise ValueError('state.json has a negative counter')
+            return folder, state
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             say(f'{folder} is damaged: {type(error).__name__}: {error}')
     check(not checkpoints(), f'{out} has no readable checkpoint to resume; --init_from={out}/best --out_dir=NEW starts '
@@ -199,8 +204,8 @@ check(not {out / 'best', out / 'last', out / 'last.old'} & {Path(init_from), *Pa
       f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 positive = 'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'
 for key, value in settings.items():
-    check(type(value) not in (int, float) or value >= (key in positive), f'{key} is {value}; it must be at least '
-                                                                         f'{int(key in positive)}')
+    check(type(value) not in (int, float) or (key in positive) <= value < 2 ** 62,
+          f'{key} is {value}; it must be at least {int(key in positive)}, and not too large')
 check(learning_rate > 0, 'learning_rate must be above 0')
 check(lr_schedule in ('cosine', 'linear', 'constant'), f'lr_schedule is {lr_schedule!r}; it must be cosine, linear or '
                                                        'constant')
@@ -237,6 +242,9 @@ try:
     vocabulary, end_of_text, chats = int(meta['vocab_size']), int(meta['eot_token']), 'val_targets' in meta
     bytes_per_token = meta['val_bytes'] / meta['val_targets' if chats else 'val_tokens']
     perfect = float(meta.get('perfect_loss', 'nan'))
+    if (min(*sizes.values(), bytes_per_token) <= 0 or not max(end_of_text, vocabulary) < 2 ** 31
+            or token_dtype not in (np.uint16, np.uint32)):
+        raise ValueError('a value is out of its range')
 except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
     config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
 
@@ -284,8 +292,9 @@ def cut_into_rows(split):
 
 
 for split in sizes:
-    check(chats or sizes[split] > block_size, f'{data / split}.bin has {sizes[split]} tokens, fewer than block_size + '
-                                              f'1 = {block_size + 1}; take more text or a smaller --block_size')
+    check(len(open_bin(split)) > block_size or chats,
+          f'{data / split}.bin has {sizes[split]} tokens, fewer than block_size + 1 = {block_size + 1}; take more text '
+          'or a smaller --block_size')
 row_starts = {split: cut_into_rows(split) for split in (['train', 'val'] if chats else ['val'])}
 blocks = len(row_starts['train']) if chats else max(1, (sizes['train'] - block_size) // block_size)  # in an epoch
 
@@ -522,7 +531,9 @@ try:
                                       'a larger --max_iters')
         load_moments(source / 'optimizer')
         if rank == 0:  # has the counts of all processes
-            model.expert_load += torch.tensor(state.expert_load, device=device)
+            load = torch.tensor(state.expert_load, device=device)
+            check(load.shape == model.expert_load.shape, f'{source}/state.json has the expert_load of another model')
+            model.expert_load += load
 except (ValueError, OSError) as error:
     config.fail(error)
 except (MemoryError, RuntimeError) as error:
@@ -540,7 +551,8 @@ if distributed and not fsdp:
     run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False, gradient_as_bucket_view=True)
 if rank == 0:
     rows = [row for row in logged_rows() if source and row['step'] <= state.step]  # later steps will be logged again
-    (out / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (out / 'metrics.new').replace(out / 'metrics.jsonl')
     for folder in () if source else checkpoints():
         shutil.rmtree(folder)
     if wandb_log:
