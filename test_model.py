@@ -1238,7 +1238,7 @@ BAD_INPUT = [
     ('train.py', '--out_dir=text.txt/out', 'text.txt/out'), ('train.py', '--data_dir=none', 'none/meta.json'),
     ('train.py', '--data_dir=cut', 'cut/train.bin', '1001'),
     ('train.py', '--data_dir=strange', 'strange/train.bin', '65535'),
-    ('train.py', '--data_dir=empty', 'empty/meta.json'), ('train.py', '--data_dir=float', 'float/', '1768'),
+    ('train.py', '--data_dir=empty', 'empty/meta.json'), ('train.py', '--data_dir=float', 'float/meta.json'),
     ('prepare.py', '--dataset=none.txt', 'none.txt'), ('prepare.py', '--dataset=no*.jsonl', 'no*.jsonl'),
     ('prepare.py', '--dataset=nothing.txt', 'nothing.txt'),
     ('prepare.py', '--dataset=binary.txt', 'binary.txt', 'Unicode'),
