@@ -2,7 +2,7 @@
 GPT-OSS, the whole model in one file:
 
 1. the shape     GPTConfig, in the field names of the published config.json
-2. the layers    norm, RoPE with YaRN, attention with sinks, mixture of experts, in the order that data meets them
+2. the layers    norm, RoPE with YaRN, attention with sinks, mixture of experts, in the order of the forward pass
 3. the model     GPT: forward pass, loss, generation
 4. optimizers    Muon for the matrices of the layers, AdamW for everything else
 5. checkpoints   Hugging Face's, OpenAI's and MXFP4 layouts, read and written; LoRA adapters
@@ -39,7 +39,7 @@ class GPTConfig:
     vocab_size: int = 201088  # rows of the embedding; 201088 is o200k_harmony
     hidden_size: int = 256  # width of the residual stream
     intermediate_size: int = 256  # width of one expert
-    num_hidden_layers: int = 6  # each is an attention and a mixture of experts
+    num_hidden_layers: int = 6  # each layer is attention, then a mixture of experts
     num_attention_heads: int = 4  # query heads
     num_key_value_heads: int = 2  # key and value heads, each shared by a group of query heads
     head_dim: int = 64  # width of a head; heads * head_dim need not equal hidden_size
@@ -49,11 +49,11 @@ class GPTConfig:
     layer_types: list[str] | None = None  # sliding_attention or full_attention; None alternates, sliding first
     max_position_embeddings: int = 131072  # the longest context, in tokens
     rms_norm_eps: float = 1e-5  # added to the mean square
-    swiglu_limit: float = 7.0  # the gate is clamped from above, the up projection on both sides
+    swiglu_limit: float = 7.0  # clamps the gate from above and the up projection on both sides
     rope_theta: float = 150000.0  # base of RoPE's frequencies
     rope_factor: float = 32.0  # YaRN: how far the context is stretched; 1 is plain RoPE
     rope_beta_fast: float = 32.0  # YaRN: pairs with more turns than this in the original context keep their frequency
-    rope_beta_slow: float = 1.0  # YaRN: pairs with fewer turns than this are slowed by the factor
+    rope_beta_slow: float = 1.0  # YaRN: pairs with fewer turns than this have it divided by the factor
     rope_original_max_position_embeddings: int = 4096  # YaRN: the context before stretching
     rope_truncate: bool = False  # YaRN: round the ends of the ramp to whole pairs; gpt-oss does not
     initializer_range: float = 0.02  # standard deviation of the initial weights
@@ -84,7 +84,8 @@ class GPTConfig:
                 (len(self.layer_types) == layers and {*self.layer_types} <= {SLIDING, FULL},
                  f'layer_types must name {SLIDING} or {FULL} for each of num_hidden_layers ({layers})'),
                 (max(self.dropout, self.attention_dropout) < 1, f'dropout ({self.dropout}) must be below 1'),
-                (self.rope_factor >= 1 and self.rope_theta > 1, 'rope_factor must be at least 1, rope_theta above 1')):
+                (self.rope_factor >= 1 and self.rope_theta > 1 and min(self.rope_beta_fast, self.rope_beta_slow) > 0,
+                 'rope_factor must be at least 1, rope_theta above 1, rope_beta_fast and rope_beta_slow above 0')):
             if not good:
                 raise ValueError(rule)
 
@@ -113,8 +114,8 @@ class RMSNorm(nn.RMSNorm):
 
 def rope_tables(config, positions, dtype=torch.float32):
     """cos and sin, each (T, 1, hd), for positions (T,). YaRN: pairs that turn often within the original context keep
-    their frequency, slow pairs are slowed by rope_factor, with a linear ramp between. Both tables are multiplied by its
-    concentration, 0.1 ln(rope_factor) + 1."""
+    their frequency, that of slow pairs is divided by rope_factor, and a linear ramp connects the two. cos and sin are
+    multiplied by YaRN's concentration, 0.1 ln(rope_factor) + 1."""
     c, half = config, config.head_dim // 2
 
     def pair_with(turns):  # the (fractional) index of the pair that turns this many times in the original context
@@ -142,16 +143,16 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
     """Causal attention with sinks. q (B, T, H, hd), k and v (B, T, KV, hd), sinks (H,) -> (B, T, H, hd).
 
     A sink is a logit that joins the softmax and adds no value. Here it is one more key, whose value is zero: queries
-    and keys get extra features whose product is the logit, so every kernel of SDPA can do the work.
+    and keys get extra features whose product is the logit, so every SDPA kernel supports it.
     With a window, blocks of `window` queries see their own block and the one before. This is exact and linear in T.
     """
     B, T, H, hd = q.shape
     extra = 8 - hd % 8 if q.is_cuda else 1  # CUDA's flash kernel wants widths in multiples of 8
-    logit = F.pad((sinks * hd ** 0.5).to(q.dtype)[:, None], (0, extra - 1))  # SDPA's scale takes hd ** 0.5 away again
+    logit = F.pad((sinks * hd ** 0.5).to(q.dtype)[:, None], (0, extra - 1))  # SDPA multiplies by hd ** -0.5
     q = torch.cat((q, logit.expand(B, T, H, extra)), dim=-1)
     if window is None or window >= T:
         mask = None
-        # a query at the position of the sink, which is key 0, keeps the mask a causal triangle
+        # the sink is key 0; a dummy query 0 keeps the mask causal
         q, k, v = F.pad(q, (0, 0, 0, 0, 1, 0)), F.pad(k, (0, extra, 0, 0, 1, 0)), F.pad(v, (0, extra, 0, 0, 1, 0))
     else:
         blocks = -(-T // window)
@@ -170,7 +171,7 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
     with torch.no_grad():
         k[:, 0, :, hd] = 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.is_cuda:  # the kernels that take a mask, fp32 or an old GPU have no grouped heads
+    if q.is_cuda:  # grouped heads need the flash kernel, which takes no mask, no fp32 and no old GPU
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
                                        scale=hd ** -0.5, enable_gqa=H != k.size(1)).transpose(1, 2)
@@ -179,8 +180,8 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
 
 
 class KVCache:
-    """Keys and values of one layer, (B, KV, size, hd): a ring, for a sliding layer of its window. The position is a
-    tensor and shapes stay the same, so one compiled step serves every token."""
+    """Keys and values of one layer, (B, KV, size, hd). A sliding layer uses a ring of sliding_window slots. The
+    position is a tensor and shapes stay the same, so one compiled step serves every token."""
 
     def __init__(self, config, layer_type, batch_size, length, dtype, device):
         size = min(length, config.sliding_window) if layer_type == SLIDING else length
@@ -190,7 +191,7 @@ class KVCache:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
 
     def update(self, k, v):
-        """Store k and v (B, T, KV, hd) of the next T tokens; of a long prompt the last `size`."""
+        """Store k and v (B, T, KV, hd) of the next T tokens. Only the last `size` tokens are kept."""
         size, T = self.k.size(2), k.size(1)
         positions = self.position if T == 1 else (self.position + torch.arange(T, device=k.device))[-size:]
         slots = positions % size
@@ -199,7 +200,7 @@ class KVCache:
         self.position += T
 
     def attend(self, q, sinks):
-        """Attention of the newest token, q (B, 1, H, hd) -> (B, KV, H / KV, hd). In any order of the keys."""
+        """Attention of the newest token, q (B, 1, H, hd) -> (B, KV, H / KV, hd). The order of keys does not matter."""
         B, KV, _, hd = self.k.shape
         logits = (q.view(B, KV, -1, hd) @ self.k.mT * hd ** -0.5).masked_fill(self.slots >= self.position, -math.inf)
         sinks = sinks.to(logits.dtype).view(1, KV, -1, 1).expand(B, -1, -1, 1)
@@ -244,7 +245,7 @@ def swiglu(gate_up, limit):
 
 def grouped_linear(x, w, b, counts):
     """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) -> (M, out). counts (E,): rows of each.
-    One CUDA kernel for all experts, and no wait until the counts reach the host. It takes bf16 and multiples of 8."""
+    One CUDA kernel for all experts, without a wait for the counts. It needs bf16 and widths in multiples of 8."""
     y = F.grouped_mm(x, w.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))
     return y + b.to(x.dtype).repeat_interleave(counts, dim=0, output_size=len(x))
 
@@ -311,7 +312,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A router sends each token to its k best experts. A softmax over those k weighs their outputs."""
+    """A router sends each token to its k best experts. A softmax over those k weights their outputs."""
 
     def __init__(self, config):
         super().__init__()
@@ -346,8 +347,8 @@ class Block(nn.Module):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of x @ weight.T, in nats, without ever holding all (N, V) logits: each chunk of rows
-    becomes its gradient at once. x (N, D), weight (V, D), targets (N,) with -1 ignored -> fp32 scalar."""
+    """The summed cross-entropy of x @ weight.T, in nats. Forward computes logits and gradient chunk by chunk, so all
+    (N, V) logits never exist at once. x (N, D), weight (V, D), targets (N,) with -1 ignored -> fp32 scalar."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, needs_grad):
@@ -388,7 +389,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # activation checkpointing: backward computes each block again instead of keeping it
-        self.group = None  # torch.distributed: the processes that share each batch, over which experts are balanced
+        self.group = None  # torch.distributed: the processes that share a batch, whose expert counts are summed
         self.source = self.lora = None  # what from_pretrained loaded, {base, overrides}; the arguments of add_lora
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -409,7 +410,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_counters(self, device=None):
-        """Set to zero what training counts for reports: the rows of each expert, and the last load-balancing loss."""
+        """Reset what training reports: the rows of each expert, and the load-balancing loss of the last batch."""
         shape = self.config.num_hidden_layers, self.config.num_local_experts
         load = torch.zeros(shape, dtype=torch.int64, device=device)
         self.register_buffer('expert_load', load, persistent=False)
@@ -436,7 +437,7 @@ class GPT(nn.Module):
             return self.model.norm(x), self.balance_loss(routing) if self.training else None
 
     def balance_loss(self, routing):
-        """The load-balancing loss of Switch Transformer, averaged over the layers: 1 when all experts get the same."""
+        """The load-balancing loss of Switch Transformer, averaged over the layers: 1 when experts get equal loads."""
         probabilities, counts = (torch.stack(values) for values in zip(*routing))  # both (L, E)
         self.expert_load += counts
         if self.group is not None:
@@ -448,9 +449,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, return_logits=True, count=None):
         """idx, targets int64 (B, T), target -1 is ignored -> (logits, loss).
 
-        Without targets: the logits of the last position (B, 1, V), and None. With targets: logits (B, T, V), or None
-        with return_logits=False, which never holds them all, and the mean cross-entropy in nats. Training mode adds
-        router_aux_loss_coef times the load-balancing loss. count replaces the number of targets as the divisor.
+        Without targets: the logits of the last position (B, 1, V), and None. With targets: logits (B, T, V) and the
+        mean cross-entropy in nats. With return_logits=False the logits are None and are never stored whole. Training
+        mode adds router_aux_loss_coef times the load-balancing loss. count replaces the number of targets as divisor.
         """
         if idx.size(1) > (longest := self.config.max_position_embeddings):
             raise ValueError(f'{idx.size(1)} tokens exceed max_position_embeddings ({longest})')
@@ -534,8 +535,8 @@ class GPT(nn.Module):
         return 6 * active + 12 * c.num_attention_heads * c.head_dim * keys
 
     def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay):
-        """[AdamW, Muon]: Muon moves the matrices of the layers, with momentum betas[0], AdamW the rest, and everything
-        where muon_lr is 0. Only matrices decay. The biases of the experts are 2-D, so their names tell."""
+        """[AdamW, Muon]. Muon updates the matrices of the layers with momentum betas[0], AdamW the rest, or everything
+        if muon_lr is 0. Only matrices decay. The biases of the experts are 2-D too, so the name decides."""
         decay, rest, hidden = [], [], {}
         for name, p in self.named_parameters():
             if not p.requires_grad:
@@ -560,7 +561,7 @@ class GPT(nn.Module):
             yield layer.mlp.experts, 'down_weight', 'down_lora'
 
     def add_lora(self, rank, alpha):
-        """Freeze the model, and train low-rank adapters of its matrices in attention and experts, in fp32, instead."""
+        """Freeze the model and add trainable fp32 low-rank adapters to the matrices of attention and experts."""
         if self.lora or not 1 <= rank <= self.config.hidden_size or not 0 < alpha < math.inf:
             raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; they must be between 1 and hidden_size, and '
                              'above 0, for a model without adapters')
@@ -569,11 +570,11 @@ class GPT(nn.Module):
         for module, weight, name in self.adapted():
             matrix = getattr(module, weight)
             setattr(module, name, LoRA(matrix.shape, rank, alpha / rank).to(matrix.device))
-            self.recompute |= isinstance(matrix, MXFP4)  # or autograd keeps every unpacked expert until backward
+            self.recompute |= isinstance(matrix, MXFP4)  # or autograd stores all unpacked experts until backward
 
     @torch.no_grad()
     def merge_lora(self):
-        """Add the adapters to their matrices, so that the model is whole again. Raises ValueError for MXFP4."""
+        """Add the adapters to their matrices, so that the model has none. Raises ValueError for MXFP4."""
         for module, weight, name in self.adapted():
             matrix, lora = getattr(module, weight), getattr(module, name)
             if isinstance(matrix, MXFP4):
@@ -698,7 +699,7 @@ class Muon(torch.optim.Optimizer):
                 self.move(params[i:i + chunk], **{key: group[key] for key in self.defaults})
 
     def move(self, params, lr, momentum, weight_decay, pieces):
-        """One step of parameters of one shape."""
+        """Update parameters of one shape."""
         for p in params:
             if not self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
@@ -724,7 +725,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x, dtype):
     """Roughly the nearest orthogonal matrices to x (batch, m, n), by three Newton-Schulz iterations with the
-    coefficients of Polar Express (arXiv:2505.16932). Singular values end between 0.18 and 1.9, which is near enough."""
+    coefficients of Polar Express (arXiv:2505.16932). Singular values end between 0.18 and 1.9, which suffices."""
     tall = x.size(1) > x.size(2)
     y = (x.mT if tall else x).to(dtype)
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -755,8 +756,6 @@ def load_adapter(cls, folder, dtype, device, experts, overrides):
     """The base model that a folder of save_adapter names, with the adapters of the folder."""
     raw = read_json(folder / 'adapter.json')
     try:
-        if (find_checkpoint(raw['base']) / 'adapter.json').exists():
-            raise ValueError(f'{raw["base"]} holds adapters itself')
         model = cls.from_pretrained(raw['base'], dtype, device, experts, **(raw['overrides'] | overrides))
         model.add_lora(raw['lora_rank'], raw['lora_alpha'])
         with open_file(folder / 'adapter.safetensors') as file:
@@ -770,7 +769,7 @@ def load_adapter(cls, folder, dtype, device, experts, overrides):
 
 
 def find_checkpoint(path):
-    """The folder with config.json or adapter.json: path, path/original, or the download of a hub id. Or ValueError."""
+    """The folder with config.json or adapter.json: path, its original/, or a download by hub id. Raises ValueError."""
     for file in (Path(path, 'adapter.json'), Path(path, 'config.json'), Path(path, 'original', 'config.json')):
         if os.path.isfile(file):  # Path.is_file raises OSError for names that are too long
             return file.parent
@@ -780,7 +779,7 @@ def find_checkpoint(path):
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path), allow_patterns=['*.json', 'model*', 'adapter*', 'tokenizer.tiktoken']))
     except Exception as error:  # the hub's client raises many types
-        raise ValueError(f'{path} is no folder, and the hub did not give it ({type(error).__name__})') from error
+        raise ValueError(f'{path} is no folder, and the download failed ({type(error).__name__})') from error
 
 
 def read_json(path):
@@ -834,7 +833,7 @@ def write_config(config, folder, dtype, experts):
     raw |= dict(hidden_act='silu', attention_bias=True, output_router_logits=config.router_aux_loss_coef > 0,
                 rope_theta=rope.pop('theta'), rope_scaling=dict(rope_type='yarn', **rope),
                 torch_dtype=str(dtype).removeprefix('torch.'))
-    if not config.qk_norm:  # others would leave its norms out; without these names they refuse the folder
+    if not config.qk_norm:  # transformers would ignore its norms; without these names it refuses the folder
         raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'])
     if config.vocab_size == 201088:
         raw |= dict(eos_token_id=200002, pad_token_id=199999)  # <|return|> and <|endoftext|> of o200k_harmony
@@ -845,7 +844,7 @@ def write_config(config, folder, dtype, experts):
 
 
 def save_file(tensors, path):
-    """Write {name: tensor} as a safetensors file, with the rights of the JSON file beside it."""
+    """Write {name: tensor} as a safetensors file, with the permissions of the JSON file beside it."""
     try:
         from safetensors import SafetensorError, torch as safetensors
     except ImportError:
@@ -864,7 +863,7 @@ def open_file(path):
     try:
         return safe_open(path, 'pt')
     except (SafetensorError, OSError) as error:
-        raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
+        raise ValueError(f'{path} is incomplete or not a safetensors file: {error}') from error
 
 
 # OpenAI's names, piece by piece, then the published names of the experts -> ours
@@ -960,7 +959,8 @@ class MXFP4(nn.Module):
         if not stack.isfinite().all():
             raise ValueError('there are weights that are not finite, which MXFP4 cannot hold')
         limits = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], device=stack.device)
-        limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))  # bucketize takes a limit down, here it goes up
+        # bucketize puts a tie into the lower bin; every second one belongs into the upper, whose code is even
+        limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))
         packed = []
         for matrix in stack:  # one at a time, because this takes several times its memory
             x, tried = matrix.float().contiguous().unflatten(-1, (-1, 32)), []

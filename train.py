@@ -1,5 +1,5 @@
 """
-Train a GPT-OSS. Without arguments it makes up a corpus of small stories and learns to tell them, in minutes on a CPU:
+Train a GPT-OSS. Without arguments it generates a corpus of small stories and trains on it, in minutes on a CPU:
 
     python train.py
     python train.py config/tinystories.py --batch_size=32
@@ -7,7 +7,7 @@ Train a GPT-OSS. Without arguments it makes up a corpus of small stories and lea
     python train.py --init_from=openai/gpt-oss-20b --data_dir=data/chats --lora_rank=8 --out_dir=out-chats
     torchrun --standalone --nproc_per_node=8 train.py config/gpt_oss_500m.py
 
-Under torchrun the processes share the batches of each step, so the numbers are those of one process. Every setting
+Under torchrun the processes divide the batches of each step, and the losses match those of one process. Every setting
 below is a flag, and so is every field of GPTConfig in model.py. --help lists them all.
 """
 
@@ -62,7 +62,7 @@ router_aux_loss_coef = 0.05
 # optimizers and schedule
 max_iters = 600  # optimizer steps in the whole run
 learning_rate = 8e-3  # peak rate of AdamW
-muon_lr = 0.007  # peak rate of Muon, which moves the matrices of the layers; 0: AdamW moves them too
+muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
 min_lr = 0.0  # rate of AdamW at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then down over the cooldown) or constant
@@ -98,7 +98,7 @@ def check(good, message):
 
 
 def say(message):
-    with suppress(OSError):  # nobody may read any more, as after `python train.py | head`
+    with suppress(OSError):  # stdout may be closed, as in `python train.py | head`
         if rank == 0:
             tqdm.write(message)
 
@@ -112,10 +112,14 @@ if distributed:
 
 
 def summed(tensor):
-    """The sum of the tensors of all processes, in place. Also where they wait for each other."""
+    """The sum of the tensors of all processes, in place."""
     if distributed:
         dist.all_reduce(tensor)
     return tensor
+
+
+def barrier():
+    summed(torch.zeros(1))
 
 
 # --- the run in out_dir: its newest checkpoints last/ and last.old/, best/, and metrics.jsonl ------------------------
@@ -149,7 +153,7 @@ def newest_state():
 
 
 def write_checkpoint(name):
-    """Write out_dir/name whole or not at all: beside it, then to the disk, then renamed. Of `last` two are kept."""
+    """Write out_dir/name atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
     new, folder, old = (out / f'{name}{suffix}' for suffix in ('.new', '', '.old'))
     if rank == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -168,7 +172,7 @@ def write_checkpoint(name):
     elif name == 'last' and rank == 0:
         (new / 'optimizer').mkdir()
         save_file(moments(), new / 'optimizer/moments.safetensors')
-    summed(torch.zeros(1))
+    barrier()
     if rank == 0:
         for path in (*new.rglob('*'), new):
             handle = os.open(path, os.O_RDONLY)
@@ -183,7 +187,7 @@ def write_checkpoint(name):
 
 
 if rank == 0:
-    lock = FileLock(out / '.lock')  # the system releases it when this process ends, in whatever way
+    lock = FileLock(out / '.lock')  # the system releases it when this process ends
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -191,16 +195,17 @@ if rank == 0:
         config.fail(f'another run is writing to {out}; give this one an --out_dir of its own')
     except (OSError, NotImplementedError) as error:
         config.fail(f'cannot write to {out}: {error}')
-summed(torch.zeros(1))
+barrier()
 source, state = newest_state() if settings['init_from'] == 'resume' else (None, SimpleNamespace(**FRESH))
-if source:  # with the settings of the run, except for those that are given now
+if source:  # settings of the run; those given now take precedence
     known = config.declared('model.py') | config.declared('train.py')
     for key in state.settings.keys() & known.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}:
         settings[key] = config.convert(f'{source}/state.json: {key}', state.settings[key], known[key][0])
 globals().update(settings)
 check(init_from == 'resume' or overwrite or not checkpoints(), f'{out} holds a run; --init_from=resume continues it, '
       '--out_dir=NAME starts another elsewhere, --overwrite replaces it')
-check(not {out / 'best', out / 'last', out / 'last.old'} & {Path(init_from), *Path(init_from).parents},
+base = Path(init_from).resolve()
+check(not {(out / name).resolve() for name in ('best', 'last', 'last.old')} & {base, *base.parents},
       f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 positive = 'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'
 for key, value in settings.items():
@@ -217,13 +222,12 @@ sharing = world // math.gcd(world, gradient_accumulation_steps)
 micro_steps = gradient_accumulation_steps * sharing // world
 check(batch_size % sharing == 0, f'{sharing} processes cannot share a batch of {batch_size} sequences evenly; make '
                                  f'--batch_size a multiple, or --gradient_accumulation_steps one of {world}')
-if distributed and not torch.cuda.is_available():
-    device = 'cpu'  # gloo does not reach mps
-if distributed and torch.cuda.is_available():
-    device = f'cuda:{os.environ["LOCAL_RANK"]}'
-    torch.cuda.set_device(device)
+if distributed and device != 'cpu':  # gloo does not reach mps
+    device = f'cuda:{os.environ["LOCAL_RANK"]}' if torch.cuda.is_available() else 'cpu'
 device, dtype = config.pick_device(device, dtype)
 device_type = torch.device(device).type
+if distributed and device_type == 'cuda':
+    torch.cuda.set_device(device)
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
@@ -235,7 +239,7 @@ if not (data / 'meta.json').exists():
         say('making the built-in corpus, once:')
         made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
         check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
-summed(torch.zeros(1))
+barrier()
 try:
     meta = read_json(data / 'meta.json')
     sizes, token_dtype = {split: int(meta[f'{split}_tokens']) for split in ('train', 'val')}, np.dtype(meta['dtype'])
@@ -250,7 +254,7 @@ except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as er
 
 
 def open_bin(split, kind=token_dtype, suffix=''):
-    """The tokens of a split, or its mask. Mapped for each use, so that a file cut short meanwhile is an error."""
+    """The tokens of a split, or its mask. Opened for each use, so that truncation during a run is detected."""
     path = data / f'{split}{suffix}.bin'
     found, expected = path.stat().st_size if path.is_file() else 'no file', sizes[split] * np.dtype(kind).itemsize
     check(found == expected, f'{path}: found {found}, expected {expected} bytes, from meta.json; prepare again')
@@ -258,7 +262,7 @@ def open_bin(split, kind=token_dtype, suffix=''):
 
 
 def batch_at(split, starts):
-    """The rows of a split that start there -> inputs and targets, int64 (B, block_size); target -1 is ignored."""
+    """Rows of a split at these start offsets -> inputs and targets, int64 (B, block_size); target -1 is ignored."""
     tokens = open_bin(split)
     rows = np.full((len(starts), block_size + 1), end_of_text, np.int64)  # the last chat may end before its row
     trained = np.full(rows.shape, not chats)
@@ -281,7 +285,7 @@ def batch_at(split, starts):
 
 def cut_into_rows(split):
     """Starts of rows that together predict every token once. A row begins where a document does, or continues one that
-    is longer than a row. Chats continue to the last token; of texts the last tokens may be left."""
+    is longer than a row. In texts the last incomplete row is dropped."""
     tokens = np.append(open_bin(split), [end_of_text] * block_size) if chats else open_bin(split)
     ends = np.append(0, np.flatnonzero(tokens == end_of_text) + chats)  # a chat begins after the end of the one before
     starts = [0]
@@ -320,7 +324,7 @@ def train_batches():
 # --- model and optimizers, fresh or resumed --------------------------------------------------------------------------
 
 def check_tokenizer(folder):
-    """Refuse a checkpoint with another tokenizer than the data. Return the block_size it was trained with, if known."""
+    """Refuse a checkpoint whose tokenizer differs from that of the data. Return its block_size, if known."""
     if not (folder / 'meta.json').exists():
         return None
     theirs, tables = read_json(folder / 'meta.json'), [where / 'tokenizer.tiktoken' for where in (folder, data)]
@@ -382,14 +386,14 @@ def gathered(model):
 
 
 def moments():
-    """{name: tensor} of what the optimizers remember; zeros before their first step."""
+    """{name: tensor} of the state of the optimizers; zeros before their first step."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
     state = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True))
     return {name: value for name, value in state.items() if torch.is_tensor(value)}
 
 
 def load_moments(folder):
-    """Read what any number of processes wrote."""
+    """Load the state that any number of processes wrote into the optimizers."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
     logging.disable()  # it logs a traceback for each process, and warns where there is only one
     warnings.filterwarnings('ignore', 'torch.distributed is disabled')
@@ -404,7 +408,7 @@ def load_moments(folder):
 
 
 def out_of_memory(error):
-    """End with one line where memory has ended; raise other errors."""
+    """End with one line when memory is exhausted; raise other errors."""
     if not isinstance(error, MemoryError) and 'out of memory' not in str(error) and 'allocate memory' not in str(error):
         raise error
     config.fail(f'{device} has too little memory; try --recompute=True, or a smaller --batch_size with more '
@@ -435,7 +439,7 @@ def evaluate():
 
 
 def evaluate_and_report():
-    """Log the validation loss, and of training since the last report the load of each layer's experts."""
+    """Log the validation loss and, since the last report, the part of the rows that each layer's experts got."""
     val_loss = evaluate()
     bits, load = val_loss / math.log(2) / bytes_per_token, summed(model.expert_load.clone()).cpu()
     model.expert_load.zero_()
@@ -538,7 +542,10 @@ except (ValueError, OSError) as error:
     config.fail(error)
 except (MemoryError, RuntimeError) as error:
     out_of_memory(error)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+GradScaler = torch.amp.GradScaler
+if fsdp:
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as GradScaler
+scaler = GradScaler(device_type, enabled=dtype == 'float16')
 if scaler.is_enabled() and state.scaler:
     scaler.load_state_dict(state.scaler)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -619,7 +626,8 @@ try:
             if peak_flops:
                 row['mfu'] = flops * row['tokens_per_second'] / peak_flops / world
             log(**row, **(dict(skipped=state.skipped) if state.skipped else {}))
-            progress.set_postfix(loss=f'{train_loss:.3f}', tokens_per_s=f'{row["tokens_per_second"]:,.0f}')
+            with suppress(OSError):  # stderr may be closed
+                progress.set_postfix(loss=f'{train_loss:.3f}', tokens_per_s=f'{row["tokens_per_second"]:,.0f}')
             state.losses, seconds = [], []
         evaluated = state.step % eval_interval == 0 or state.step == max_iters
         if evaluated and (val_loss := evaluate_and_report()) < state.best_loss:
@@ -633,7 +641,7 @@ try:
         with suppress(OSError):
             progress.update()
 except OSError as error:
-    for name in ('last.new', 'best.new'):  # may be what fills the disk
+    for name in ('last.new', 'best.new'):  # they may fill the disk
         shutil.rmtree(out / name, ignore_errors=True)
     config.fail(f'{error}; the checkpoints in {out} are whole')
 except (MemoryError, RuntimeError) as error:
