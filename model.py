@@ -64,29 +64,27 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm on queries and keys; not in gpt-oss
 
     def __post_init__(self):
-        heads, kv_heads, layers = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
-        experts, chosen = self.num_local_experts, self.num_experts_per_tok
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
         if self.layer_types is None:
-            self.layer_types = [FULL if i % 2 else SLIDING for i in range(min(layers, 1000))]
+            self.layer_types = [FULL if i % 2 else SLIDING for i in range(min(self.num_hidden_layers, 1000))]
         for field in fields(self):  # config.json may come from a stranger
-            value, kind = getattr(self, field.name), {int: (int,), bool: (bool,)}.get(field.type, (int, float))
-            good = type(value) in kind and (value > 0 or field.type is not int) and 0 <= value < 2 ** 31
-            if field.name != 'layer_types' and not good:
-                wanted = {int: 'a whole number of at least 1', bool: 'True or False'}.get(field.type, 'at least 0')
-                raise ValueError(f'{field.name} is {value!r:.99}; it must be {wanted}')
-        for good, rule in (
-                (heads % kv_heads == 0,
-                 f'num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})'),
-                (chosen <= experts, f'num_experts_per_tok ({chosen}) must not exceed num_local_experts ({experts})'),
-                (self.head_dim % 2 == 0, f'head_dim ({self.head_dim}) must be even, because RoPE rotates pairs'),
-                (len(self.layer_types) == layers and {*self.layer_types} <= {SLIDING, FULL},
-                 f'layer_types must name {SLIDING} or {FULL} for each of num_hidden_layers ({layers})'),
-                (max(self.dropout, self.attention_dropout) < 1, f'dropout ({self.dropout}) must be below 1'),
-                (self.rope_factor >= 1 and self.rope_theta > 1 and min(self.rope_beta_fast, self.rope_beta_slow) > 0,
-                 'rope_factor must be at least 1, rope_theta above 1, rope_beta_fast and rope_beta_slow above 0')):
-            if not good:
+            value, least = getattr(self, field.name), int(field.type is int)
+            kinds = {int: (int,), bool: (bool,)}.get(field.type, (float, int))
+            if field.name != 'layer_types' and not (type(value) in kinds and least <= value < 2 ** 31):
+                raise ValueError(f'{field.name} is {value!r:.99}; it must be {kinds[0].__name__}, at least {least}')
+        heads, kv_heads, layers = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
+        rules = {
+            'num_attention_heads must be a multiple of num_key_value_heads': heads % kv_heads == 0,
+            'num_experts_per_tok must not exceed num_local_experts': self.num_experts_per_tok <= self.num_local_experts,
+            'head_dim must be even, because RoPE rotates pairs': self.head_dim % 2 == 0,
+            f'layer_types must name a type for each of num_hidden_layers ({layers})': len(self.layer_types) == layers,
+            f'layer_types may name {SLIDING} and {FULL}': {*self.layer_types} <= {SLIDING, FULL},
+            'dropout must be below 1': max(self.dropout, self.attention_dropout) < 1,
+            'rope_factor must be at least 1, and rope_theta above 1': self.rope_factor >= 1 and self.rope_theta > 1,
+            'rope_beta_fast and rope_beta_slow must be above 0': min(self.rope_beta_fast, self.rope_beta_slow) > 0}
+        for rule, holds in rules.items():
+            if not holds:
                 raise ValueError(rule)
 
 
@@ -952,8 +950,9 @@ class MXFP4(nn.Module):
 
     @classmethod
     def pack(cls, stack, experts='mxfp4'):
-        """Quantize a stack (E, out, in) to the nearest values, half-way to the even code. Two scales are tried for 32
-        values, with the largest between 4 and 8 or 2 and 4, and the better one is kept. Raises ValueError."""
+        """Quantize a stack (E, out, in) to the nearest values, half-way to the even code. The scale brings the largest
+        of 32 values to between 3.625 and 7.25: up to there, clamping it to 6 costs less than a coarser grid for the
+        others. Raises ValueError."""
         if experts != 'mxfp4' or stack.size(-1) % 32:
             raise ValueError(f'experts={experts!r}, rows of {stack.size(-1)}; it must be mxfp4, with a multiple of 32')
         if not stack.isfinite().all():
@@ -963,13 +962,9 @@ class MXFP4(nn.Module):
         limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))
         packed = []
         for matrix in stack:  # one at a time, because this takes several times its memory
-            x, tried = matrix.float().contiguous().unflatten(-1, (-1, 32)), []
-            for larger in (3, 2):
-                exponent = (x.abs().amax(-1, keepdim=True).frexp().exponent - larger).clamp(-127, 127)
-                codes = torch.bucketize(torch.ldexp(x.abs(), -exponent), limits) | x.signbit().int() << 3
-                error = (torch.ldexp(cls.VALUES.to(x)[codes], exponent) - x).square().sum(-1, keepdim=True)
-                tried.append((error, codes, exponent))
-            (error, *first), (other_error, *second) = tried
-            codes, exponent = (torch.where(other_error < error, b, a) for a, b in zip(first, second))
+            x = matrix.float().contiguous().unflatten(-1, (-1, 32))
+            mantissa, exponent = x.abs().amax(-1, keepdim=True).frexp()
+            exponent = (exponent - 3 + (mantissa > 7.25 / 8)).clamp(-127, 127)
+            codes = torch.bucketize(torch.ldexp(x.abs(), -exponent), limits) | x.signbit().int() << 3
             packed.append(((codes[..., 0::2] | codes[..., 1::2] << 4).byte(), (exponent + 127)[..., 0].byte()))
         return cls(*map(torch.stack, zip(*packed)))
