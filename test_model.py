@@ -555,7 +555,7 @@ def test_mxfp4_rounds_to_nearest():
         return magnitudes[distance.argmin(-1)] * unit * groups.sign()
 
     assert torch.equal(packed[0].view(-1, 32).double(), nearest(unit))
-    unit, groups = unit[200:400], groups[200:400]  # normal values: the mean error is that of the best scale of each group
+    unit, groups = unit[200:400], groups[200:400]  # normally distributed
     errors = torch.stack([(nearest(unit * 2.0 ** shift) - groups).square().sum(1) for shift in (-1, 0, 1)])
     errors /= groups.square().sum(1)
     assert errors[1].mean() <= 1.01 * errors.amin(0).mean()
