@@ -30,11 +30,11 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # what to measure
-parts = 'train,prefill,decode'  # the rows without --compare, --learn or --scale, divided by commas
+parts = 'train,prefill,decode'  # the rows without --compare, --learn or --scale, separated by commas
 compare = False  # training and decoding of fixed models, beside GptOss and GPT-2 of transformers
 learn = False  # train the config's model on data_dir, and a dense GPT-2 of equal active parameters
 scale = False  # estimate memory and speed of training on many GPUs
-works = 'all'  # the rows of --compare or --learn, divided by commas
+works = 'all'  # the rows of --compare or --learn, separated by commas
 rounds = 3  # fresh processes for each row; each has its own seed
 steps = 5  # training steps, or generations, that are timed in a round, after two that are not
 prompt_tokens = 64  # length of the prompt for prefill and decode

@@ -53,7 +53,7 @@ class GPTConfig:
     rope_theta: float = 150000.0  # base of RoPE's frequencies
     rope_factor: float = 32.0  # YaRN: how far the context is stretched; 1 is plain RoPE
     rope_beta_fast: float = 32.0  # YaRN: pairs with more turns than this in the original context keep their frequency
-    rope_beta_slow: float = 1.0  # YaRN: pairs with fewer turns than this have it divided by the factor
+    rope_beta_slow: float = 1.0  # YaRN: pairs with fewer turns than this have theirs divided by rope_factor
     rope_original_max_position_embeddings: int = 4096  # YaRN: the context before stretching
     rope_truncate: bool = False  # YaRN: round the ends of the ramp to whole pairs; gpt-oss does not
     initializer_range: float = 0.02  # standard deviation of the initial weights
@@ -75,7 +75,8 @@ class GPTConfig:
                 raise ValueError(f'{field.name} is {value!r:.99}; it must be {kinds[0].__name__}, at least {least}')
         heads, kv_heads, layers = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
         rules = {
-            'num_attention_heads must be a multiple of num_key_value_heads': heads % kv_heads == 0,
+            f'num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})':
+                heads % kv_heads == 0,
             'num_experts_per_tok must not exceed num_local_experts': self.num_experts_per_tok <= self.num_local_experts,
             'head_dim must be even, because RoPE rotates pairs': self.head_dim % 2 == 0,
             f'layer_types must name a type for each of num_hidden_layers ({layers})': len(self.layer_types) == layers,
@@ -387,8 +388,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # activation checkpointing: backward computes each block again instead of keeping it
-        self.group = None  # torch.distributed: the processes that share a batch, whose expert counts are summed
-        self.source = self.lora = None  # what from_pretrained loaded, {base, overrides}; the arguments of add_lora
+        self.group = None  # torch.distributed: the processes that share a batch sum their expert counts
+        self.source = None  # the base and the overrides of from_pretrained
+        self.lora = None  # the arguments of add_lora
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types),
@@ -416,10 +418,10 @@ class GPT(nn.Module):
 
     def hidden_states(self, idx, caches=None):
         """idx (B, T) -> the final normed states (B, T, D), and in training mode the load-balancing loss. With a KVCache
-        for each layer, idx continues where the last call ended: a whole prompt first, then single tokens."""
+        for each layer, the first call takes a whole prompt, and each later call takes the next token."""
         x, device = self.model.embed_tokens(idx), idx.device.type
-        # Under autocast activations take its dtype here and the layers follow them. Autocast itself stays off inside,
-        # which is faster on CPUs and keeps router, norms and loss in fp32 in every version of torch.
+        # Under autocast the embeddings take its dtype, and the layers compute in the dtype of their input. Autocast is
+        # off inside: this is faster on CPUs, and it keeps router, norms and loss in fp32.
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         start = caches[0].position if caches else 0
@@ -435,7 +437,8 @@ class GPT(nn.Module):
             return self.model.norm(x), self.balance_loss(routing) if self.training else None
 
     def balance_loss(self, routing):
-        """The load-balancing loss of Switch Transformer, averaged over the layers: 1 when experts get equal loads."""
+        """The load-balancing loss of Switch Transformer, averaged over the layers: 1 when experts get equal loads. Adds
+        the rows of each expert to expert_load."""
         probabilities, counts = (torch.stack(values) for values in zip(*routing))  # both (L, E)
         self.expert_load += counts
         if self.group is not None:
@@ -490,10 +493,10 @@ class GPT(nn.Module):
             if value is not None and not least <= value <= most:
                 raise ValueError(f'{name} is {value}; it must be between {least} and {most}')
         if not 1 <= T <= c.max_position_embeddings - max_new_tokens:
-            raise ValueError(f'the prompt has {T} tokens and max_new_tokens is {max_new_tokens}; the prompt must have '
-                             f'a token, and both at most max_position_embeddings ({c.max_position_embeddings})')
+            raise ValueError(f'the prompt has {T} tokens; it must have 1 to max_position_embeddings '
+                             f'({c.max_position_embeddings}) - max_new_tokens ({max_new_tokens})')
         if not 0 <= idx.min() <= idx.max() < c.vocab_size:
-            raise ValueError(f'the prompt has token ids outside of vocab_size ({c.vocab_size}); another tokenizer?')
+            raise ValueError(f'the prompt has token ids outside of vocab_size ({c.vocab_size}); check the tokenizer')
         dtype, length = self.lm_head.weight.dtype, min(T + max_new_tokens, context or math.inf)
         if torch.is_autocast_enabled(idx.device.type):
             dtype = torch.get_autocast_dtype(idx.device.type)
@@ -513,7 +516,7 @@ class GPT(nn.Module):
         return torch.cat((idx, *(new[:, None] for new in self.stream(idx, max_new_tokens, *options, **more))), dim=1)
 
     def stored(self):
-        """{name: parameter, or MXFP4 where the experts are packed} of a checkpoint. Adapters are stored apart."""
+        """The parameters of a checkpoint by name. Packed experts appear as MXFP4. Adapters are not included."""
         packed = {name: module for name, module in self.named_modules() if isinstance(module, MXFP4)}
         return {name: p for name, p in self.named_parameters() if 'lora.' not in name} | packed
 
@@ -525,7 +528,7 @@ class GPT(nn.Module):
         return sum(sizes.values()) - round(experts * unused)
 
     def flops_per_token(self, T):
-        """Training FLOPs: 6 for each active parameter outside the embedding, and attention's for the average token."""
+        """Training FLOPs of an average token: 6 for each active parameter outside the embedding, and attention's."""
         c = self.config
         active = self.num_parameters(active=True) - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
         windows = [min(T, c.sliding_window) if t == SLIDING else T for t in c.layer_types]
@@ -533,8 +536,8 @@ class GPT(nn.Module):
         return 6 * active + 12 * c.num_attention_heads * c.head_dim * keys
 
     def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay):
-        """[AdamW, Muon]. Muon updates the matrices of the layers with momentum betas[0], AdamW the rest, or everything
-        if muon_lr is 0. Only matrices decay. The biases of the experts are 2-D too, so the name decides."""
+        """[AdamW, Muon]. Muon updates the matrices of the layers, with momentum betas[0]. AdamW updates the rest, or
+        everything if muon_lr is 0. Only matrices decay. The biases of the experts are 2-D too, so the name decides."""
         decay, rest, hidden = [], [], {}
         for name, p in self.named_parameters():
             if not p.requires_grad:
@@ -561,8 +564,8 @@ class GPT(nn.Module):
     def add_lora(self, rank, alpha):
         """Freeze the model and add trainable fp32 low-rank adapters to the matrices of attention and experts."""
         if self.lora or not 1 <= rank <= self.config.hidden_size or not 0 < alpha < math.inf:
-            raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; they must be between 1 and hidden_size, and '
-                             'above 0, for a model without adapters')
+            raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; the rank must be 1 to hidden_size, alpha '
+                             'above 0, and the model without adapters')
         self.requires_grad_(False)
         self.lora = dict(lora_rank=rank, lora_alpha=alpha)
         for module, weight, name in self.adapted():
@@ -572,12 +575,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def merge_lora(self):
-        """Add the adapters to their matrices, so that the model has none. Raises ValueError for MXFP4."""
+        """Add each adapter to its matrix and remove it. Raises ValueError for MXFP4."""
+        if any(isinstance(module, MXFP4) for module in self.modules()):
+            raise ValueError("MXFP4 experts cannot hold merged adapters; load without experts='mxfp4'")
         for module, weight, name in self.adapted():
-            matrix, lora = getattr(module, weight), getattr(module, name)
-            if isinstance(matrix, MXFP4):
-                raise ValueError("adapters cannot be merged into four bits a value; load without experts='mxfp4'")
-            matrix += lora.scale * lora.b @ lora.a
+            lora = getattr(module, name)
+            getattr(module, weight).add_(lora.b @ lora.a, alpha=lora.scale)
             setattr(module, name, None)
         self.source = self.lora = None
         self.requires_grad_(True)
@@ -619,10 +622,9 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, path, dtype=None, experts=None, shard_size=5e9):
-        """Write config.json and safetensors that transformers' GptOssForCausalLM loads; a file for each layer where the
-        model is larger than shard_size bytes. dtype None keeps that of the parameters. experts='mxfp4' writes the
-        matrices of the experts at four bits a value. The folder's old files are replaced once all new ones are written.
-        """
+        """Write config.json and safetensors that transformers' GptOssForCausalLM loads. A model larger than shard_size
+        bytes gets one file for each layer. dtype None keeps that of the parameters. experts='mxfp4' writes the matrices
+        of the experts at four bits a value. The new files replace the folder's old ones after all are written."""
         if self.lora:
             raise ValueError('the model has adapters: merge_lora() first, or save_adapter() to save them alone')
         folder, dtype, stored, shards = Path(path), dtype or self.lm_head.weight.dtype, self.stored(), {}
@@ -649,7 +651,7 @@ class GPT(nn.Module):
                 file.replace(folder / file.name)
 
     def save_adapter(self, path):
-        """Write adapter.safetensors and adapter.json. from_pretrained loads the base that they name, and adapts it."""
+        """Write adapter.safetensors, and adapter.json, which names the base model that from_pretrained loads."""
         folder = Path(path)
         if not self.lora or not self.source or (folder / 'config.json').exists():
             raise ValueError(f'{folder} holds a whole model, or there are no adapters of a saved model to write: '
@@ -666,11 +668,11 @@ def draw(logits, temperature, top_k, top_p, min_p):
     """Draw a token for each row of logits (B, V), fp32 -> (B, 1). See GPT.stream."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if min_p:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
     if top_p is not None and top_p < 1:
         p, token = logits.softmax(-1).sort(dim=-1, descending=True)
         dropped = p.cumsum(-1) - p >= top_p  # the tokens before this one already reach top_p
@@ -683,7 +685,7 @@ def draw(logits, temperature, top_k, top_p, min_p):
 
 class Muon(torch.optim.Optimizer):
     """Muon: orthogonalized momentum (kellerjordan.github.io/posts/muon). torch.optim.Muon takes 2-D parameters only.
-    Here a group's parameters are stacks (..., m, n) of matrices of one shape, each made of `pieces` (gate and up)."""
+    Here the parameters of a group have one shape (..., m, n), and each matrix has `pieces` parts (gate and up)."""
 
     def __init__(self, groups, lr, momentum, weight_decay):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))
@@ -702,7 +704,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
         first, grads, buffers = params[0], [p.grad for p in params], [self.state[p]['momentum'] for p in params]
-        if sharded := hasattr(first, 'to_local'):  # a DTensor of FSDP2: each process moves its own rows
+        if sharded := hasattr(first, 'to_local'):  # a DTensor of FSDP2: each process updates its own rows
             params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's momentum
@@ -751,7 +753,7 @@ class LoRA(nn.Module):
 
 
 def load_adapter(cls, folder, dtype, device, experts, overrides):
-    """The base model that a folder of save_adapter names, with the adapters of the folder."""
+    """Load the base model that adapter.json names, then its adapters."""
     raw = read_json(folder / 'adapter.json')
     try:
         model = cls.from_pretrained(raw['base'], dtype, device, experts, **(raw['overrides'] | overrides))
@@ -804,7 +806,7 @@ def read_config(folder):
     flat = {openai.get(key, key): value for key, value in raw.items()}
     try:
         if rope := raw.get('rope_parameters') or raw.get('rope_scaling'):
-            # what transformers assumes where keys are missing; gpt-oss's files have them
+            # transformers' defaults for missing keys; gpt-oss's files have all keys
             context = flat.get('max_position_embeddings', 131072)
             flat |= dict(rope_truncate=True, rope_original_max_position_embeddings=context)
             flat |= {f'rope_{key.removeprefix("rope_")}': value for key, value in rope.items() if value is not None}
@@ -842,7 +844,7 @@ def write_config(config, folder, dtype, experts):
 
 
 def save_file(tensors, path):
-    """Write {name: tensor} as a safetensors file, with the permissions of the JSON file beside it."""
+    """Write {name: tensor} to a safetensors file, which gets the permissions of the JSON file beside it."""
     try:
         from safetensors import SafetensorError, torch as safetensors
     except ImportError:
@@ -864,7 +866,7 @@ def open_file(path):
         raise ValueError(f'{path} is incomplete or not a safetensors file: {error}') from error
 
 
-# OpenAI's names, piece by piece, then the published names of the experts -> ours
+# Parts of names: OpenAI's, then the published ones of the experts -> ours. The order matters.
 RENAMES = (('unembedding.', 'lm_head.'), ('embedding.', 'model.embed_tokens.'), ('block.', 'model.layers.'),
            ('attn.norm.scale', 'input_layernorm.weight'), ('mlp.norm.scale', 'post_attention_layernorm.weight'),
            ('norm.scale', 'model.norm.weight'), ('.attn.out.', '.self_attn.o_proj.'), ('.attn.', '.self_attn.'),
@@ -887,7 +889,7 @@ def read_tensors(folder, config):
     def get(name):
         if name not in where:
             raise ValueError(f'{folder} has no {name}')
-        with open_file(where[name]) as file:  # opened for each tensor: an open file keeps in memory what was read
+        with open_file(where[name]) as file:  # for each tensor, because an open file keeps what was read in memory
             return file.get_tensor(name)
 
     for theirs in where:
@@ -923,7 +925,7 @@ def published(name, tensor, dtype, experts):
 
 
 class MXFP4(nn.Module):
-    """A stack of matrices (E, out, in) at four bits a value, which do not train. [e] is one of them in bf16, exactly.
+    """A frozen stack of matrices (E, out, in) at four bits a value. [e] is one of them in bf16, exactly.
 
     blocks uint8 (E, out, in / 32, 16): two values a byte, the even one in the low nibble.
     scales uint8 (E, out, in / 32): exponents of two, biased by 127, of 32 values each. OCP Microscaling Formats v1.0.

@@ -10,6 +10,7 @@ A config file is Python and may hold settings of several scripts, so one file se
 import ast
 import ctypes
 import difflib
+import itertools
 import os
 import re
 import signal
@@ -18,36 +19,35 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-# GNU's OpenMP reads this when torch loads it, so scripts import this module first. By default waiting threads spin so
-# long that training beside one busy process is 3 to 30 times slower.
+# GNU's OpenMP reads this variable when torch loads it, so scripts import this module first. With the default, waiting
+# threads spin so long that training beside one busy process is 3 to 30 times slower.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 ROOT = Path(__file__).parent.parent
 RULER = '# ' + '-' * 77 + '\n'
 SETTING = re.compile(r' *(?P<name>[a-z]\w*)(: (?P<kind>[^=]+))? = (?P<default>.+?)(  # (?P<meaning>.*))?')
-PEAK_TFLOPS = {  # dense bf16 (T4: fp16) from the data sheets, by a part of the device's name; the first match counts
-    'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10': 125,
-    'RTX 5090': 210, 'RTX 4090': 165, 'RTX 3090': 71, 'T4': 65}
+PEAK_TFLOPS = {  # dense bf16 (T4: fp16) from the data sheets, by a word of the device's name; the first match counts
+    'GB200': 2500, 'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
+    'A10': 125, 'RTX 5090': 210, 'RTX 4090': 165, 'RTX 3090': 71, 'T4': 65}
 
 
 def fail(message):
     """End the script with one line on stderr, which says what was wrong and what to do, and exit status 2."""
-    if 'tqdm' in sys.modules:
-        for bar in list(sys.modules['tqdm'].tqdm._instances):
-            bar.close()  # it would share its line with the message
+    write = sys.modules['tqdm'].tqdm.write if 'tqdm' in sys.modules else print  # not into the line of a progress bar
     process = f' (rank {os.environ["RANK"]})' if 'RANK' in os.environ else ''  # set by torchrun
     with suppress(OSError):  # stderr may be closed
-        print(f'{Path(sys.argv[0]).name}{process}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
+        write(f'{Path(sys.argv[0]).name}{process}: {" ".join(str(message).split())}', file=sys.stderr)
     raise SystemExit(2)
 
 
 def excepthook(kind, error, trace):
-    if issubclass(kind, KeyboardInterrupt):  # Ctrl-C is no reason for a traceback
-        return print('\ninterrupted', file=sys.stderr)
-    sys.__excepthook__(kind, error, trace)
+    if kind is KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = excepthook
+sys.excepthook = excepthook  # no traceback for Ctrl-C
 
 
 def read(script, model=False):
@@ -58,28 +58,22 @@ def read(script, model=False):
     own, fields = declared(Path(script).name), declared('model.py')
     own |= {key: entry for key, entry in fields.items() if model and key not in own}
     known = fields | declared('prepare.py') | declared('train.py') | declared('sample.py') | declared('bench.py') | own
-    values, given = {key: default for key, (_, default, _, _) in own.items()}, set()
+    values, given = {key: default for key, (_, default, _, _) in known.items()}, set()
     for argument in sys.argv[1:]:
         if argument in ('--help', '-h'):
             print_help(Path(script).name, own, fields)
         if argument.startswith('--'):
             key, equals, value = argument[2:].partition('=')
-            key = key.replace('-', '_')
-            if key not in own:
-                fail(f'there is no setting {key!r}; {nearest(key, own)} (--help lists all)')
-            if not equals and own[key][0] != 'bool':
-                fail(f'--{key} needs a value, such as --{key}={own[key][1]!r}')
-            found, where = {key: value if equals else True}, '--'  # --overwrite is short for --overwrite=True
+            found = {key.replace('-', '_'): value if equals else True}  # --overwrite is short for --overwrite=True
+            where, valid = '--', own
         else:
-            found, where = run_file(argument, values), f'{argument}: '
+            found, where, valid = run_file(argument, values), f'{argument}: ', known
         for key, value in found.items():
-            if key not in known:
-                fail(f'{where}there is no setting {key!r}; {nearest(key, known)}')
-            value = convert(where + key, value, known[key][0])
-            if key in own:
-                values[key] = value
-                given.add(key)
-    return values, given
+            if key not in valid:
+                fail(f'{where}{key}: there is no such setting; {nearest(key, valid)} (--help lists all)')
+            values[key] = convert(where + key, value, known[key][0])
+            given.add(key)
+    return {key: values[key] for key in own}, given & own.keys()
 
 
 def declared(script):
@@ -110,12 +104,12 @@ def convert(name, value, kind):
         'float': ('a number', number),
         'bool': ('True or False', type(result) is bool),
         'str': ('a string', isinstance(result, str) and '\0' not in result),
-        'list[str]': ('names divided by commas', isinstance(result, list) and all(isinstance(x, str) for x in result)),
+        'list[str]': ('comma-separated names', isinstance(result, list) and all(isinstance(x, str) for x in result)),
     }[kind]
     if result is None and optional:
         return None
     if not good:
-        fail(f'{name} is {value!r:.200}; it must be {wanted}{", or None" if optional else ""}')
+        fail(f'{name}={value!r:.200} must be {wanted}{", or None" if optional else ""}')
     return int(result) if kind == 'int' else float(result) if kind == 'float' else result
 
 
@@ -126,8 +120,7 @@ def nearest(key, valid):
 def run_file(path, values):
     """Run a config file with the settings so far as its globals, and return what it assigned."""
     if not Path(path).is_file():
-        files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob('config/[!_]*.py'))
-        fail(f'{path}: no such file; {nearest(path, files)}')
+        fail(f'{path}: no such file; {nearest(path, map(str, ROOT.glob("config/[!_]*.py")))}')
     names = dict(values)
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'), path)
@@ -144,12 +137,10 @@ def print_help(script, settings, fields):
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
     print(f'python {script} [config/NAME.py ...] [--key=value ...]')
-    printed = None
-    for key, (kind, default, meaning, heading) in settings.items():
-        if heading != printed:
-            print(f'\n{heading}')
-        print(f'  --{key}={default!r}'.ljust(44), kind.ljust(16), meaning or fields[key][2])
-        printed = heading
+    for heading, rows in itertools.groupby(settings.items(), lambda row: row[1][3]):
+        print(f'\n{heading}')
+        for key, (kind, default, meaning, _) in rows:
+            print(f'  --{key}={default!r}'.ljust(44), kind.ljust(16), meaning or fields[key][2])
     raise SystemExit(0)
 
 
@@ -165,14 +156,14 @@ def pick_device(device, dtype):
     if dtype == 'auto' and device.startswith('cuda'):
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     elif dtype == 'auto':  # a CPU without bf16 units emulates bf16, up to a hundred times slower than fp32
-        units = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-        dtype = 'bfloat16' if device == 'cpu' and any(units) else 'float32'
+        units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        dtype = 'bfloat16' if device == 'cpu' and units else 'float32'
     if dtype not in ('bfloat16', 'float16', 'float32'):
         fail(f'dtype is {dtype!r}; it must be auto, bfloat16, float16 or float32')
     if device == 'cpu':
         with suppress(AttributeError, OSError, TypeError):  # Linux only
-            # malloc keeps what a step frees for the next one, instead of faulting it in again: 10 % of a step. Blocks
-            # below 32 MB (M_MMAP_THRESHOLD) come from a heap that does not shrink (M_TRIM_THRESHOLD).
+            # malloc reuses the memory that a step frees, which saves 10 % of a step. Blocks below 32 MB
+            # (M_MMAP_THRESHOLD) come from a heap that does not shrink (M_TRIM_THRESHOLD).
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-3, 2 ** 25), mallopt(-1, 2 ** 31 - 1)
     return device, dtype
@@ -182,4 +173,4 @@ def peak_flops(device, dtype):
     """The FLOP/s that MFU is measured against; None for fp32 and for a device that is not in PEAK_TFLOPS."""
     import torch
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak * 1e12 for word, peak in PEAK_TFLOPS.items() if re.search(rf'\b{word}\b', name)), None)
