@@ -138,15 +138,50 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
+class FlashAttention(torch.autograd.Function):
+    """`attention` by CUDA's FlashAttention kernel, which takes windows and grouped heads, in memory linear in T.
+
+    The kernel also returns the logarithms of the softmax's denominators, to which each sink is added afterwards. A sink
+    adds no value, so the kernel's backward computes the gradients of q, k and v from the new outputs and denominators.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, window):
+        T, hd = q.size(1), q.size(-1)
+        ctx.options = dict(scale=hd ** -0.5, window_size_left=(window or 0) - 1, window_size_right=0)  # -1: no window
+        y, lse, *state, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, T, T, 0.0, True, False, **ctx.options)
+        total = torch.logaddexp(lse, sinks.float()[:, None])  # (B, H, T)
+        y = (y * (lse - total).exp().mT[..., None]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, y, total, *state)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, sinks, y, total, *state = ctx.saved_tensors
+        T = q.size(1)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dy, q, k, v, y, total, None, None, T, T, 0.0, True, *state, **ctx.options)
+        sink_weight = (sinks.float()[:, None] - total).exp()
+        dsinks = -(sink_weight * (dy.float() * y.float()).sum(-1).mT).sum((0, 2))
+        return dq, dk, dv, dsinks.to(sinks.dtype), None
+
+
 def attention(q, k, v, sinks, window=None, dropout=0.0):
     """Causal attention with sinks. q (B, T, H, hd), k and v (B, T, KV, hd), sinks (H,) -> (B, T, H, hd).
 
-    A sink is a logit that joins the softmax and adds no value. Here it is one more key, whose value is zero: queries
-    and keys get extra features whose product is the logit, so every SDPA kernel supports it.
+    A sink is a logit that joins the softmax and adds no value. Where FlashAttention cannot be used, it is one more key,
+    whose value is zero: queries and keys get a feature whose product is the logit, so every SDPA kernel supports it.
     With a window, blocks of `window` queries see their own block and the one before. This is exact and linear in T.
     """
     B, T, H, hd = q.shape
-    extra = 8 - hd % 8 if q.is_cuda else 1  # CUDA's flash kernel wants widths in multiples of 8
+    # PyTorch's FlashAttention for CUDA: 16 bits and sm80 or newer
+    if (q.is_cuda and q.dtype != torch.float32 and not dropout and hd % 8 == 0 and hd <= 192
+            and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_properties(q.device).major >= 8):
+        return FlashAttention.apply(q, k, v, sinks, window)
+    extra = 8 - hd % 8 if q.is_cuda else 1  # CUDA's kernels want widths in multiples of 8
     logit = F.pad((sinks * hd ** 0.5).to(q.dtype)[:, None], (0, extra - 1))  # SDPA multiplies by hd ** -0.5
     q = torch.cat((q, logit.expand(B, T, H, extra)), dim=-1)
     if window is None or window >= T:

@@ -136,14 +136,69 @@ def test_parity(length, changes, tmp_path):
 
 # --- the layers -------------------------------------------------------------------------------------------------------
 
+def flash_logits(q, k, scale, window_size_left, window_size_right):
+    """FlashAttention's masked logits (B, H, T, T), fp32."""
+    distance = torch.arange(q.size(1))[:, None] - torch.arange(q.size(1))
+    hidden = (distance < -window_size_right) | ((distance > window_size_left) & (window_size_left >= 0))
+    logits = torch.einsum('bthd,bshd->bhts', q.float(), k.float().repeat_interleave(q.size(2) // k.size(2), dim=2))
+    return (logits * scale).masked_fill(hidden, -math.inf)
+
+
+def flash_forward(q, k, v, *sizes, **options):
+    """What aten._flash_attention_forward returns on CUDA."""
+    logits = flash_logits(q, k, **options)
+    y = torch.einsum('bhts,bshd->bthd', logits.softmax(-1), v.float().repeat_interleave(q.size(2) // v.size(2), dim=2))
+    state = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
+    return y.to(q.dtype), logits.logsumexp(-1), *state, torch.zeros(0)
+
+
+def flash_backward(dy, q, k, v, y, lse, *sizes, scale, **options):
+    """What aten._flash_attention_backward computes on CUDA, from the outputs and denominators that it is given."""
+    weights, groups = (flash_logits(q, k, scale, **options) - lse[..., None]).exp(), q.size(2) // k.size(2)
+    wide_k, wide_v = (x.float().repeat_interleave(groups, dim=2) for x in (k, v))
+    dweights = torch.einsum('bthd,bshd->bhts', dy.float(), wide_v) - (dy.float() * y.float()).sum(-1).mT[..., None]
+    dlogits = weights * dweights * scale
+    dk, dv = torch.einsum('bhts,bthd->bshd', dlogits, q.float()), torch.einsum('bhts,bthd->bshd', weights, dy.float())
+    dk, dv = (x.unflatten(2, (-1, groups)).sum(3) for x in (dk, dv))
+    return tuple(x.to(q.dtype) for x in (torch.einsum('bhts,bshd->bthd', dlogits, wide_k), dk, dv))
+
+
+@pytest.fixture
+def flash():
+    """CPU stand-ins for FlashAttention on CUDA."""
+    library = torch.library.Library('aten', 'IMPL')
+    library.impl('_flash_attention_forward', flash_forward, 'CPU')
+    library.impl('_flash_attention_backward', flash_backward, 'CPU')
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize('T, window', [(40, None), (40, 64), (40, 8), (37, 8), (9, 8), (1, 8)])
+def test_flash_attention(T, window, flash, monkeypatch):
+    """CUDA's way gives the same values and gradients, eager and compiled."""
+    torch._dynamo.reset()
+    for function in (model.FlashAttention.apply,
+                     torch.compile(model.FlashAttention.apply, backend='aot_eager', fullgraph=True)):
+        check_attention(function, torch.float32, 1e-5, T, window)
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    monkeypatch.setattr(torch.backends.cuda, 'is_flash_attention_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(major=9))
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', None)
+    check_attention(model.attention, torch.bfloat16, 0.02, T, window)
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize('T, window', [(40, None), (40, 64), (40, 8), (37, 8), (9, 8), (1, 8)])
 def test_attention(dtype, tolerance, T, window):
+    check_attention(model.attention, dtype, tolerance, T, window)
+
+
+def check_attention(function, dtype, tolerance, T, window):
     """Values and gradients against the explicit softmax with one more column."""
     torch.manual_seed(0)
     inputs = [torch.randn(shape) for shape in ((2, T, 6, 16), (2, T, 2, 16), (2, T, 2, 16), (6,), (2, T, 6, 16))]
     q, k, v, sinks, weight = (x.to(dtype).float().requires_grad_() for x in inputs)
-    ours = model.attention(*(x.to(dtype) for x in (q, k, v)), sinks, window)
+    ours = function(*(x.to(dtype) for x in (q, k, v)), sinks, window)
     found = torch.autograd.grad((ours.float() * weight).sum(), (q, k, v, sinks))
     logits = torch.einsum('bthd,bshd->bhts', q, k.repeat_interleave(3, dim=2)) / 4
     distance = torch.arange(T)[:, None] - torch.arange(T)
