@@ -277,11 +277,12 @@ def swiglu(gate_up, limit):
     return F.silu(1.702 * gate) * torch.add(1 / 1.702, up, alpha=1 / 1.702)
 
 
-def grouped_linear(x, w, b, counts):
-    """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) -> (M, out). counts (E,): rows of each.
-    One CUDA kernel for all experts, without a wait for the counts. It needs bf16 and widths in multiples of 8."""
-    y = F.grouped_mm(x, w.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))
-    return y + b.to(x.dtype).repeat_interleave(counts, dim=0, output_size=len(x))
+def grouped_linear(x, w, b, member):
+    """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) -> (M, out). member (M, E): True where a
+    row belongs to an expert. One CUDA kernel for all experts, which does not wait for the number of rows of each (sm90
+    and newer; others do). It needs bf16 and widths in multiples of 8."""
+    y = F.grouped_mm(x, w.to(x.dtype).mT, offs=member.sum(0).cumsum(0).to(torch.int32))
+    return torch.addmm(y, member.to(x.dtype), b.to(x.dtype))  # b[expert] would add its gradients by atomics
 
 
 class Experts(nn.Module):
@@ -312,14 +313,19 @@ class Experts(nn.Module):
         if len(x) == 1 and not self.training:  # a decoded token: nothing to sort
             return router_weights @ self.one_by_one(x.expand(k, -1), torch.ones_like(chosen[0]), chosen[0]), None
         order = chosen.flatten().argsort(stable=True)  # (row, choice) pairs, sorted by expert
-        counts = (chosen.flatten()[:, None] == torch.arange(len(b2), device=x.device)).sum(0)
-        rows = x.index_select(0, order // k)
+        member = chosen.flatten()[order, None] == torch.arange(len(b2), device=x.device)  # (N * k, E)
+        counts = member.sum(0)
+        if x.is_cuda:  # index_copy_'s backward only reads rows; index_select's adds them by atomics, in any order
+            place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
+            rows = x.new_empty(len(order), x.size(1)).index_copy_(0, place, x.repeat_interleave(k, dim=0))
+        else:
+            rows = x.index_select(0, order // k)
         if (x.is_cuda and x.dtype == torch.bfloat16 and self.gate_up_lora is None and not isinstance(w1, MXFP4)
                 and w1.size(1) % 8 == w1.size(2) % 8 == 0):
-            y = grouped_linear(swiglu(grouped_linear(rows, w1, b1, counts), self.limit), w2, b2, counts)
+            y = grouped_linear(swiglu(grouped_linear(rows, w1, b1, member), self.limit), w2, b2, member)
         else:
             y = self.one_by_one(rows, counts)
-        y = y.index_select(0, order.argsort()).unflatten(0, (-1, k))  # (N, k, D)
+        y = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, (-1, k))  # (N, k, D)
         return (y * router_weights[..., None]).sum(1), counts
 
     @torch._disable_dynamo  # the number of rows is data; torch.compiler.disable is the same, and imports for a second
