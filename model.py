@@ -220,7 +220,7 @@ class KVCache:
     def __init__(self, config, layer_type, batch_size, length, dtype, device):
         size = min(length, config.sliding_window) if layer_type == SLIDING else length
         shape = batch_size, config.num_key_value_heads, size, config.head_dim
-        self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.slots = torch.arange(size, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
 
@@ -304,8 +304,9 @@ class Experts(nn.Module):
         rows of each expert (E,), or None in decoding."""
         w1, b1, w2, b2 = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
         k = chosen.size(1)
-        if torch.compiler.is_compiling() and not self.training and len(x) <= 8:
-            # compiled decoding: gather, product and sum become one pass over the weights of the chosen experts
+        if (len(x) <= 8 and not self.training and self.gate_up_lora is None
+                and (x.is_cuda or torch.compiler.is_compiling())):
+            # decoding without a wait for the host; compiled, it becomes one pass over the weights of the chosen experts
             w1, b1, w2, b2 = (p[chosen].to(x.dtype) for p in (w1, b1, w2, b2))
             h = swiglu((x[:, None, None] * w1).sum(-1) + b1, self.limit)  # (N, k, I)
             y = (h[:, :, None] * w2).sum(-1) + b2  # (N, k, D)
@@ -394,7 +395,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, needs_grad):
         w, loss, dx = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32), []
         dw = torch.zeros_like(weight, dtype=torch.float32) if needs_grad and weight.requires_grad else None
-        chunk = max(1, 2 ** 24 // len(w))  # 2^24 logits in fp32 are 64 MB
+        # 2^24 logits in fp32 are 64 MB; GPUs are faster with more, and with a multiple of 64 rows
+        chunk = max(64, 2 ** 27 // len(w) // 64 * 64) if x.is_cuda else max(1, 2 ** 24 // len(w))
         for xc, tc in zip(x.split(chunk), targets.split(chunk)):
             logits = (xc @ w.T).float()
             valid, tc = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
@@ -538,10 +540,15 @@ class GPT(nn.Module):
                              f'({c.max_position_embeddings}) - max_new_tokens ({max_new_tokens})')
         if not 0 <= idx.min() <= idx.max() < c.vocab_size:
             raise ValueError(f'the prompt has token ids outside of vocab_size ({c.vocab_size}); check the tokenizer')
-        dtype, length = self.lm_head.weight.dtype, min(T + max_new_tokens, context or math.inf)
+        dtype, length = self.lm_head.weight.dtype, T + max_new_tokens
         if torch.is_autocast_enabled(idx.device.type):
             dtype = torch.get_autocast_dtype(idx.device.type)
+        if compile:
+            length = -(-length // 512) * 512  # another length is compiled anew
+        length = min(length, context or length)
         caches = [KVCache(c, layer_type, B, length, dtype, idx.device) for layer_type in c.layer_types]
+        for tensor in (tensor for cache in caches if compile for tensor in vars(cache).values()):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs change no other inputs
         compiled = torch.compile(self.next_logits, mode='reduce-overhead' if idx.is_cuda else None)
         self.eval()
         try:
@@ -973,7 +980,7 @@ class MXFP4(nn.Module):
     """
 
     VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.bfloat16)
-    PAIRS = torch.stack((VALUES.repeat(16), VALUES.repeat_interleave(16)), dim=1)  # (256, 2): the values of each byte
+    HALVED = torch.stack((VALUES.repeat(16), VALUES.repeat_interleave(16)), dim=1) / 2  # (256, 2): half of both values
 
     def __init__(self, blocks, scales):
         super().__init__()
@@ -981,11 +988,14 @@ class MXFP4(nn.Module):
             raise ValueError(f'blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} are not MXFP4')
         self.register_buffer('blocks', blocks)
         self.register_buffer('scales', scales)
+        self.register_buffer('halved', self.HALVED.to(blocks.device), persistent=False)
         self.shape, self.device = torch.Size((*blocks.shape[:2], blocks.size(2) * 32)), blocks.device
 
     def __getitem__(self, e):
-        pairs = self.PAIRS.to(self.blocks.device)[self.blocks[e].int()]  # (out, in / 32, 16, 2)
-        return torch.ldexp(pairs.flatten(-2), self.scales[e][..., None].int() - 127).flatten(-2)
+        values = self.halved[self.blocks[e].int()].flatten(-2)  # (out, in / 32, 32)
+        # the exponent's bits of an fp32; one more makes up for the halves, and keeps 2^-127 from being subnormal
+        scales = (self.scales[e].int() + 1 << 23).view(torch.float32)
+        return (values * scales[..., None].to(values.dtype)).flatten(-2)
 
     def dense(self):
         """The whole stack in bf16."""
