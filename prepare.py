@@ -32,14 +32,14 @@ from tqdm.auto import tqdm
 # -----------------------------------------------------------------------------
 # the corpus
 dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .jsonl .json .csv .parquet file, glob or URL; builtin
-text_column = 'text'  # column that holds the text; rows without it hold a chat in the column messages
+text_column = 'text'  # column with the text; without it, the column messages holds chats
 max_docs = 0  # read at most this many documents of each split; 0 reads all
-val_fraction = 0.1  # without a validation split: the last part of the documents, or of the text if they are under 10
+val_fraction = 0.1  # for validation: the last of the documents, or of the text where there are fewer than 10
 megabytes = 8.0  # size of the built-in corpus
 seed = 1337  # of the built-in corpus
 # the tokens
 tokenizer = 'o200k_harmony'  # a name that tiktoken knows; byte, char or bpe; a data folder or checkpoint that has one
-vocab_size = 1024  # tokens of bpe, which is trained on the corpus; includes the 256 bytes and end of text
+vocab_size = 1024  # tokens of bpe, with the 256 bytes and end of text; chats add 6
 data_dir = ''  # folder to write to; empty: data/ and the name of the dataset
 num_proc = 0  # threads that tokenise; 0: one per core
 # -----------------------------------------------------------------------------
@@ -71,7 +71,7 @@ EVENTS = [  # what can happen to the child, the pal and the thing; `tell` fills 
 
 
 def tell(pick):
-    """One story. pick(options) chooses. The text shows every choice, so its probability is the product of theirs."""
+    """One story. pick(options) makes each choice. The text shows them all, so its probability is their product."""
     child, friend = pick(CHILDREN), pick(FRIENDS)
     kept = child | dict(pal=f'{friend} the {pick(ANIMALS)}', thing=pick(THINGS), place=pick(PLACES))
     free = WORDS | dict(winner=[child['child'], friend])
@@ -103,7 +103,7 @@ def builtin_stories(megabytes, seed):
         yield story, nats
 
 
-# --- sources: lists of (name, function that yields pieces). A piece is (text or Chat, whether its document ends) ---
+# --- sources: lists of (name, function that yields pieces). A piece is (text or Chat, True where a document ends) ---
 KINDS = {'.txt': 'text', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
 OFFLINE = '; offline: --dataset=builtin or a .txt file, --tokenizer=byte, char or bpe, or set TIKTOKEN_CACHE_DIR'
 
@@ -327,7 +327,7 @@ def encode_prompt(encoder, text):
 
 
 def byte_characters():
-    """{byte: character} by which GPT-2 and tokenizer.json write bytes: a printable byte is its own character."""
+    """{byte: character}: how GPT-2 and tokenizer.json print bytes. A printable byte is its own character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(other)}
@@ -354,7 +354,7 @@ def train_tokenizer(texts):
 
 # --- writing ---
 def divide(source, chats):
-    """Yield (split, text, ends). val is the last val_fraction: of the documents or, if under 10, of the text."""
+    """Yield (split, text, ends). val is the last val_fraction of the documents, or of the text if they are under 10."""
     documents = characters = position = 0
     for text, ends in tqdm(pieces_of(source), 'counting', leave=False):
         documents += ends
@@ -371,7 +371,8 @@ def divide(source, chats):
 
 
 def encode(batch, encoder, dtype):
-    """Yield (split, ends, token ids, mask, bytes) of pieces. Texts have no mask; chats count the targets' bytes."""
+    """Yield (split, ends, token ids, mask, bytes) of pieces. Texts have an empty mask. For chats, bytes counts those of
+    the targets."""
     for split, text, ends in batch:
         if isinstance(text, Chat):
             tokens, mask, size = [], [], 0
@@ -451,7 +452,8 @@ def main():
     if tokenizer == 'bpe' and vocab_size < 257:
         config.fail(f'--vocab_size={vocab_size} must be at least 257')
     sources = open_sources()
-    load = load_tokenizer if Path(tokenizer).is_dir() else encoding
+    named = tokenizer in tiktoken.list_encoding_names()  # also where a folder has the same name
+    load = encoding if named or not Path(tokenizer).is_dir() else load_tokenizer
     encoder = None if tokenizer in PATTERNS else load(tokenizer)
     first = next(pieces_of(sources['train']), None)
     if not first:

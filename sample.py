@@ -52,18 +52,17 @@ export = ''  # folder to write the model to, adapters merged, for transformers a
 # -----------------------------------------------------------------------------
 
 
-def load(path, dtype, device):
+def load(folder, dtype, device):
     """The model of a checkpoint, its tokenizer, and the block size of its training, or None if that is unknown."""
-    folder = find_checkpoint(path)
     merge_first = export and (folder / 'adapter.json').exists()  # save_pretrained packs the merged experts
-    model = GPT.from_pretrained(path, dtype, device, None if merge_first else experts or None)
+    model = GPT.from_pretrained(folder, dtype, device, None if merge_first else experts or None)
     if model.lora and (merge_first or not experts):
         model.merge_lora()
     if (folder / 'meta.json').exists():
         return model, load_tokenizer(folder), read_json(folder / 'meta.json').get('block_size')
     if model.config.vocab_size == 201088:
         return model, encoding('o200k_harmony'), None
-    raise ValueError(f'{path} has no meta.json, so no tokenizer; copy it and tokenizer.tiktoken from the data')
+    raise ValueError(f'{folder} has no meta.json, so no tokenizer; copy it and tokenizer.tiktoken from the data')
 
 
 # --- text ---
@@ -77,18 +76,6 @@ def show(encoder, tokens):
     rest = utf8.decode(b'', final=True)
     print(rest, end='', flush=True)
     return text + rest
-
-
-def draw(model, prompt, stops, *options):
-    """Yield the tokens (int) that continue a prompt until one of stops, then print how long that took."""
-    began, number, token = time.perf_counter(), 0, None
-    for number, token in enumerate(model.stream(prompt, max_new_tokens, *options), 1):
-        if (token := token.item()) in stops:
-            break
-        yield token
-    cut = '' if token in stops else ' (max_new_tokens)'
-    print(flush=True)
-    print(f'--- {number} tokens{cut}, {number / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
 
 
 # --- chat ---
@@ -164,7 +151,7 @@ def write_tokenizer(encoder, folder):
         (folder / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
 
 
-def write_export(model, encoder, path):
+def write_export(model, encoder, folder):
     """Write a checkpoint with its tokenizer to the folder export. The folder appears whole or not at all."""
     parent = Path(export).resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +160,7 @@ def write_export(model, encoder, path):
         model.save_pretrained(new, experts=experts or None)
         write_tokenizer(encoder, new)
         for file in ('meta.json', 'tokenizer.tiktoken'):  # for sample.py and train.py
-            if (source := find_checkpoint(path) / file).exists():
+            if (source := folder / file).exists():
                 shutil.copy(source, new)
         new.replace(export)
     print(f'{export}: {model.num_parameters():,} parameters')
@@ -183,7 +170,8 @@ def main():
     for name, good, wanted in (
             ('num_samples', num_samples >= 1, 'at least 1'), ('max_new_tokens', max_new_tokens >= 1, 'at least 1'),
             ('top_k', top_k >= 0, 'at least 0'), ('context', context >= 0, 'at least 0'),
-            ('seed', 0 <= seed < 2 ** 63, 'at least 0'), ('experts', experts in ('', 'mxfp4'), 'mxfp4 or empty'),
+            ('seed', 0 <= seed < 2 ** 63, 'between 0 and 2 ** 63'), 
+            ('experts', experts in ('', 'mxfp4'), 'mxfp4 or empty'),
             ('reasoning_effort', reasoning_effort in ('low', 'medium', 'high'), 'low, medium or high')):
         if not good:
             config.fail(f'{name} is {globals()[name]!r}; it must be {wanted}')
@@ -194,16 +182,25 @@ def main():
     if not init_from and not found:
         config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with --out_dir or '
                     '--init_from')
-    path = init_from or found[0]
+    folder = find_checkpoint(init_from or found[0])
     where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
-    model, encoder, block_size = load(path, getattr(torch, kind), where)
-    torch.manual_seed(seed)  # after loading, which draws numbers for adapters
+    model, encoder, block_size = load(folder, getattr(torch, kind), where)
+    torch.manual_seed(seed)  # after loading, because add_lora draws random numbers
     if export:
-        return write_export(model, encoder, path)
+        return write_export(model, encoder, folder)
 
     def answer(prompt):
+        """Yield the tokens (int) that continue a prompt, up to a stop token. Then print the speed."""
+        began, stops = time.perf_counter(), stop_tokens(encoder)
         options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
-        return draw(model, torch.tensor([prompt], device=where), stop_tokens(encoder), *options)
+        tokens = model.stream(torch.tensor([prompt], device=where), max_new_tokens, *options)
+        for number, token in enumerate(map(int, tokens), 1):
+            if token in stops:
+                break
+            yield token
+        cut = '' if token in stops else ' (max_new_tokens)'
+        print(flush=True)
+        print(f'--- {number} tokens{cut}, {number / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
 
     if chat:
         return converse(answer, encoder)
