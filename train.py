@@ -14,16 +14,15 @@ below is a flag, and so is every field of GPTConfig in model.py. --help lists th
 import config  # first, because it sets how OpenMP waits before torch loads it
 
 import json
-import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,7 +88,8 @@ fsdp = False  # under torchrun: shard weights, gradients and moments over the pr
 seed = 1337  # of weights, batches and dropout
 # -----------------------------------------------------------------------------
 settings, given = config.read(__file__, model=True)
-out = Path(settings['out_dir'])
+globals().update(settings)
+out, data = Path(out_dir), Path(data_dir)
 
 
 def check(good, message):
@@ -103,10 +103,28 @@ def say(message):
             tqdm.write(message)
 
 
+@contextmanager
+def one_line_errors():
+    """End with one line where files do not fit, the disk is full, or memory is exhausted."""
+    try:
+        yield
+    except ValueError as error:
+        config.fail(error)
+    except OSError as error:
+        for name in ('last.new', 'best.new'):  # they may fill the disk
+            shutil.rmtree(out / name, ignore_errors=True)
+        config.fail(f'{error}; the checkpoints in {out} are whole')
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', str(error)):
+            config.fail(f'{device} has too little memory; try --recompute=True, or a smaller --batch_size with more '
+                        '--gradient_accumulation_steps')
+        raise
+
+
 # --- processes: this one, or all that torchrun started ---------------------------------------------------------------
 
 distributed, rank, world = 'RANK' in os.environ, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-check(distributed or not settings['fsdp'], '--fsdp=True shards the model over processes; start it with torchrun')
+check(distributed or not fsdp, '--fsdp=True shards the model over processes; start it with torchrun')
 if distributed:
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
 
@@ -122,68 +140,28 @@ def barrier():
     summed(torch.zeros(1))
 
 
-# --- the run in out_dir: its newest checkpoints last/ and last.old/, best/, and metrics.jsonl ------------------------
+# --- the run in out_dir: a new one, or the one that its newest checkpoint continues ----------------------------------
 
-FRESH = dict(step=0, sequences=0, tokens=0, skipped=0, skipped_in_a_row=0, best_loss=math.inf, best_step=0, losses=[],
-             expert_load=[], wandb='', scaler={}, settings={})  # state.json of a run that has not started
-
-
-def checkpoints():
-    return [out / name for name in ('last', 'last.old', 'best') if (out / name).exists()]
+NEW = dict(step=0, sequences=0, tokens=0, skipped=0, skipped_in_a_row=0, best_loss=math.inf, best_step=0, losses=[],
+           expert_load=[], wandb='', scaler={}, settings={})  # state.json of a run that has not started
 
 
-def newest_state():
-    """(folder, state) of the newest checkpoint whose files are all readable; (None, FRESH) where there is no run."""
-    for folder in (folder for folder in checkpoints() if folder.name != 'best'):
+def newest_checkpoint():
+    """(folder, state) of the newest checkpoint whose files are all readable; (None, NEW) where there is none."""
+    for folder in (folder for folder in found if folder.name != 'best'):
         try:
             for file in (*folder.rglob('*.safetensors'), *folder.glob('*.json')):
                 open_file(file) if file.suffix == '.safetensors' else read_json(file)
             raw = read_json(folder / 'state.json')
-            state = SimpleNamespace(**{key: type(value)(raw[key]) for key, value in FRESH.items()})
+            state = SimpleNamespace(**{key: type(value)(raw[key]) for key, value in NEW.items()})
             state.losses = np.array(state.losses, float).reshape(-1, 2).tolist()
-            state.expert_load = np.array(state.expert_load, int).tolist()
-            if min(state.step, state.sequences, state.tokens) < 0:
-                raise ValueError('state.json has a negative counter')
+            state.expert_load = np.array(state.expert_load, int)
             return folder, state
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             say(f'{folder} is damaged: {type(error).__name__}: {error}')
-    check(not checkpoints(), f'{out} has no readable checkpoint to resume; --init_from={out}/best --out_dir=NEW starts '
-                             'another run from its best weights')
-    return None, SimpleNamespace(**FRESH)
-
-
-def write_checkpoint(name):
-    """Write out_dir/name atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
-    new, folder, old = (out / f'{name}{suffix}' for suffix in ('.new', '', '.old'))
-    if rank == 0:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-    state.expert_load = summed(model.expert_load.clone()).tolist()
-    whole = gathered(model) if fsdp else model
-    if rank == 0:
-        whole.save_adapter(new) if model.lora else whole.save_pretrained(new)
-        write_json(new / 'meta.json', meta | dict(block_size=trained_on))
-        if (data / 'tokenizer.tiktoken').exists():
-            shutil.copy(data / 'tokenizer.tiktoken', new)
-        write_json(new / 'state.json', vars(state) | dict(scaler=scaler.state_dict(), settings=settings))
-    if name == 'last' and fsdp:  # every process writes its own rows
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
-        save(moments(), storage_writer=HuggingFaceStorageWriter(str(new / 'optimizer'), save_distributed=True))
-    elif name == 'last' and rank == 0:
-        (new / 'optimizer').mkdir()
-        save_file(moments(), new / 'optimizer/moments.safetensors')
-    barrier()
-    if rank == 0:
-        for path in (*new.rglob('*'), new):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        if name == 'best':
-            shutil.rmtree(old, ignore_errors=True)
+    check(not found, f'{out} has no readable checkpoint to resume; --init_from={out}/best --out_dir=NEW starts another '
+                     'run from its best weights')
+    return None, SimpleNamespace(**NEW)
 
 
 if rank == 0:
@@ -191,37 +169,37 @@ if rank == 0:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:
-        config.fail(f'another run is writing to {out}; give this one an --out_dir of its own')
     except (OSError, NotImplementedError) as error:
-        config.fail(f'cannot write to {out}: {error}')
+        config.fail(f'cannot lock {out}: {error} If another run is writing to it, give this one another --out_dir')
 barrier()
-source, state = newest_state() if settings['init_from'] == 'resume' else (None, SimpleNamespace(**FRESH))
-if source:  # settings of the run; those given now take precedence
+found = [out / name for name in ('last', 'last.old', 'best') if (out / name).exists()]
+source, state = newest_checkpoint() if init_from == 'resume' else (None, SimpleNamespace(**NEW))
+if source:  # the settings of the run; those given now take precedence
     known = config.declared('model.py') | config.declared('train.py')
     for key in state.settings.keys() & known.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}:
         settings[key] = config.convert(f'{source}/state.json: {key}', state.settings[key], known[key][0])
-globals().update(settings)
-check(init_from == 'resume' or overwrite or not checkpoints(), f'{out} holds a run; --init_from=resume continues it, '
+    globals().update(settings)
+    data = Path(data_dir)
+check(init_from == 'resume' or overwrite or not found, f'{out} holds a run; --init_from=resume continues it, '
       '--out_dir=NAME starts another elsewhere, --overwrite replaces it')
 base = Path(init_from).resolve()
-check(not {(out / name).resolve() for name in ('best', 'last', 'last.old')} & {base, *base.parents},
+check(not {folder.resolve() for folder in found} & {base, *base.parents},
       f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
+scratch = not source and init_from in ('scratch', 'resume')
 positive = 'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'
 for key, value in settings.items():
     check(type(value) not in (int, float) or (key in positive) <= value < 2 ** 62,
           f'{key} is {value}; it must be at least {int(key in positive)}, and not too large')
 check(learning_rate > 0, 'learning_rate must be above 0')
-check(lr_schedule in ('cosine', 'linear', 'constant'), f'lr_schedule is {lr_schedule!r}; it must be cosine, linear or '
-                                                       'constant')
-scratch = not source and init_from in ('scratch', 'resume')
+check(lr_schedule in ('cosine', 'linear', 'constant'), 'lr_schedule must be cosine, linear or constant')
 check(not scratch or not lora_rank and not experts, 'lora_rank and experts adapt a model: give --init_from=FOLDER')
 check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
-# The processes take the batches of a step in turn, and `sharing` processes divide each batch among them.
-sharing = world // math.gcd(world, gradient_accumulation_steps)
-micro_steps = gradient_accumulation_steps * sharing // world
-check(batch_size % sharing == 0, f'{sharing} processes cannot share a batch of {batch_size} sequences evenly; make '
-                                 f'--batch_size a multiple, or --gradient_accumulation_steps one of {world}')
+# The processes form teams. The teams take the batches of a step in turn, and a team divides each of its batches among
+# its processes. So a process has `micro_steps` parts of batches in a step.
+teams = math.gcd(world, gradient_accumulation_steps)
+team_size, micro_steps = world // teams, gradient_accumulation_steps // teams
+check(batch_size % team_size == 0, f'{team_size} processes cannot divide a batch of {batch_size} sequences evenly; '
+      f'make --batch_size a multiple, or --gradient_accumulation_steps one of {world}')
 if distributed and device != 'cpu':  # gloo does not reach mps
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if torch.cuda.is_available() else 'cpu'
 device, dtype = config.pick_device(device, dtype)
@@ -231,97 +209,90 @@ if distributed and device_type == 'cuda':
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
-data = Path(data_dir)
-if not (data / 'meta.json').exists():
-    check(data_dir == 'data/builtin', f'{data / "meta.json"} is missing; make the data first: '
-                                      f'python prepare.py --data_dir={data_dir} --dataset=... (see --help)')
-    if rank == 0:
-        say('making the built-in corpus, once:')
-        made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
-        check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
+if rank == 0 and data_dir == 'data/builtin' and not data.exists():
+    say('making the built-in corpus, once:')
+    made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
+    check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
 barrier()
 try:
     meta = read_json(data / 'meta.json')
     sizes, token_dtype = {split: int(meta[f'{split}_tokens']) for split in ('train', 'val')}, np.dtype(meta['dtype'])
-    vocabulary, end_of_text, chats = int(meta['vocab_size']), int(meta['eot_token']), 'val_targets' in meta
-    bytes_per_token = meta['val_bytes'] / meta['val_targets' if chats else 'val_tokens']
+    vocabulary, end_of_text, chats = int(meta['vocab_size']), np.uint32(meta['eot_token']), 'val_targets' in meta
+    tokens_per_byte = meta['val_targets' if chats else 'val_tokens'] / meta['val_bytes']
     perfect = float(meta.get('perfect_loss', 'nan'))
-    if (min(*sizes.values(), bytes_per_token) <= 0 or not max(end_of_text, vocabulary) < 2 ** 31
-            or token_dtype not in (np.uint16, np.uint32)):
-        raise ValueError('a value is out of its range')
 except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
-    config.fail(f'{data / "meta.json"} is not what prepare.py writes ({type(error).__name__}: {error}); prepare again')
+    config.fail(f'{data / "meta.json"} is missing or damaged ({type(error).__name__}: {error}); prepare the data: '
+                f'python prepare.py --data_dir={data_dir} --dataset=... (see --help)')
 
 
 def open_bin(split, kind=token_dtype, suffix=''):
     """The tokens of a split, or its mask. Opened for each use, so that truncation during a run is detected."""
     path = data / f'{split}{suffix}.bin'
-    found, expected = path.stat().st_size if path.is_file() else 'no file', sizes[split] * np.dtype(kind).itemsize
-    check(found == expected, f'{path}: found {found}, expected {expected} bytes, from meta.json; prepare again')
+    size, expected = path.stat().st_size if path.is_file() else 0, sizes[split] * np.dtype(kind).itemsize
+    check(size == expected, f'{path} has {size} bytes, but {data / "meta.json"} says {expected}; prepare the data')
     return np.memmap(path, kind, 'r')
 
 
-def batch_at(split, starts):
-    """Rows of a split at these start offsets -> inputs and targets, int64 (B, block_size); target -1 is ignored."""
-    tokens = open_bin(split)
-    rows = np.full((len(starts), block_size + 1), end_of_text, np.int64)  # the last chat may end before its row
-    trained = np.full(rows.shape, not chats)
-    for i, start in enumerate(starts):
-        piece = tokens[start:start + block_size + 1]
-        rows[i, :len(piece)] = piece
+def batch_at(split, rows):
+    """Rows (start, stop) of a split -> inputs and targets, int64 (B, block_size); targets after stop are -1."""
+    tokens, x = open_bin(split), np.full((len(rows), block_size), end_of_text, np.int64)
+    y = np.full_like(x, -1)
+    for i, (start, stop) in enumerate(rows):
+        inputs, targets = tokens[start:start + block_size], tokens[start + 1:stop + 1]
+        x[i, :len(inputs)] = inputs  # the last chat may end before its row
+        y[i, :len(targets)] = targets
         if chats:
-            trained[i, :len(piece)] = open_bin(split, np.uint8, '_mask')[start:start + block_size + 1]
-    check(rows.max() < model.config.vocab_size, f'{data / split}.bin holds the token id {rows.max()}, but the model '
-                                                f'has vocab_size {model.config.vocab_size}')
-    if split in row_starts:  # tokens after the last whole document of a row belong to another row
-        is_end = rows[:, 1:] == end_of_text
-        after_end = is_end[:, ::-1].cumsum(1)[:, ::-1] == 0
-        trained[:, 1:] &= ~(after_end & is_end.any(1, keepdims=True))
-    x, y = torch.from_numpy(rows[:, :-1]), torch.from_numpy(np.where(trained, rows, -1)[:, 1:])
-    if device_type == 'cuda':
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            y[i, :len(targets)][open_bin(split, np.uint8, '_mask')[start + 1:stop + 1] == 0] = -1
+    largest, vocab_size = max(x.max(), y.max()), model.config.vocab_size
+    check(largest < vocab_size, f'{data / split}.bin holds the token id {largest}, but the model has vocab_size '
+                                f'{vocab_size}')
+    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 
 def cut_into_rows(split):
-    """Starts of rows that together predict every token once. A row begins where a document does, or continues one that
-    is longer than a row. In texts the last incomplete row is dropped."""
-    tokens = np.append(open_bin(split), [end_of_text] * block_size) if chats else open_bin(split)
-    ends = np.append(0, np.flatnonzero(tokens == end_of_text) + chats)  # a chat begins after the end of the one before
-    starts = [0]
-    while starts[-1] + block_size < len(tokens):
-        last = ends[np.searchsorted(ends, starts[-1] + block_size + chats, 'right') - 1]
-        starts.append(last if last > starts[-1] else starts[-1] + block_size)
-    return np.array(starts[:-1])
+    """Rows (start, stop) that together predict every token once, each up to the last end of a document in reach, or
+    all its tokens where a document is longer. A chat begins after the end of the one before, a text with that end.
+    In texts the last incomplete row is dropped."""
+    tokens, start, rows = open_bin(split), 0, []
+    ends = np.append(-1, np.flatnonzero(tokens == end_of_text))
+    while start < len(tokens) - (0 if chats else block_size):
+        end = ends[np.searchsorted(ends, start + block_size, 'right') - 1]
+        stop = end if end > start else start + block_size
+        rows.append((start, stop))
+        start = stop + 1 if chats and stop == end else stop
+    return np.array(rows)
 
 
 for split in sizes:
     check(len(open_bin(split)) > block_size or chats,
           f'{data / split}.bin has {sizes[split]} tokens, fewer than block_size + 1 = {block_size + 1}; take more text '
           'or a smaller --block_size')
-row_starts = {split: cut_into_rows(split) for split in (['train', 'val'] if chats else ['val'])}
-blocks = len(row_starts['train']) if chats else max(1, (sizes['train'] - block_size) // block_size)  # in an epoch
+val_rows, chat_rows = cut_into_rows('val'), cut_into_rows('train') if chats else None
+rows_per_epoch = len(chat_rows) if chats else max(1, (sizes['train'] - block_size) // block_size)
 
 
 @lru_cache(maxsize=2)
-def block_starts(epoch):
-    """Each epoch cuts the training tokens into blocks at another offset, chats into rows, and shuffles them."""
+def epoch_rows(epoch):
+    """The rows of an epoch, shuffled. Each epoch cuts the text into blocks at another offset."""
     rng = np.random.default_rng((seed, epoch))
     if chats:
-        return row_starts['train'][rng.permutation(blocks)]
-    return rng.integers(min(block_size, sizes['train'] - blocks * block_size)) + block_size * rng.permutation(blocks)
+        return chat_rows[rng.permutation(rows_per_epoch)]
+    offset = rng.integers(min(block_size, sizes['train'] - rows_per_epoch * block_size))
+    starts = offset + block_size * rng.permutation(rows_per_epoch)
+    return np.stack((starts, starts + block_size), axis=1)
 
 
 def train_batches():
-    """This process's part of the batches of a step. The seed and the number of sequences seen determine them, so that a
-    resumed run draws the same ones, with any number of processes."""
-    size = batch_size // sharing
-    for number in range(rank // sharing, gradient_accumulation_steps, world // sharing):
-        first = state.sequences + number * batch_size + rank % sharing * size
-        yield batch_at('train', [block_starts(i // blocks)[i % blocks] for i in range(first, first + size)])
+    """This process's parts of the batches of a step. The seed and the number of sequences seen determine them, so that
+    a resumed run draws the same ones, with any number of processes."""
+    size = batch_size // team_size
+    for number in range(rank // team_size, gradient_accumulation_steps, teams):
+        first = state.sequences + number * batch_size + rank % team_size * size
+        rows = [epoch_rows(i // rows_per_epoch)[i % rows_per_epoch] for i in range(first, first + size)]
+        yield batch_at('train', rows)
 
 
-# --- model and optimizers, fresh or resumed --------------------------------------------------------------------------
+# --- model and optimizers --------------------------------------------------------------------------------------------
 
 def check_tokenizer(folder):
     """Refuse a checkpoint whose tokenizer differs from that of the data. Return its block_size, if known."""
@@ -370,8 +341,8 @@ def shard(model):
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def gathered(model):
-    """A whole copy of a sharded model in the memory of rank 0. All processes must call this."""
+def gathered():
+    """A copy of the sharded model, whole in the memory of rank 0. All processes must call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with torch.device('meta'):
@@ -385,53 +356,76 @@ def gathered(model):
     return whole
 
 
-def moments():
-    """{name: tensor} of the state of the optimizers; zeros before their first step."""
+def moments(whole=False):
+    """{name: tensor} of the state of the optimizers; zeros before their first step. By default these are the tensors
+    that the optimizers use. whole: sharded ones are gathered, and rank 0 alone gets them. All processes must call this.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    state = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizers, options=options)
     return {name: value for name, value in state.items() if torch.is_tensor(value)}
 
 
-def load_moments(folder):
-    """Load the state that any number of processes wrote into the optimizers."""
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
-    logging.disable()  # it logs a traceback for each process, and warns where there is only one
-    warnings.filterwarnings('ignore', 'torch.distributed is disabled')
-    try:
-        load(moments(), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed)
-    except (CheckpointException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointException):
-            error = error.failures[min(error.failures)][0]  # of the first process that failed
-        config.fail(f'{folder} does not fit these optimizers ({type(error).__name__}: {error}); '
-                    f'--init_from={folder.parent} --out_dir=NEW starts another run from the weights')
-    logging.disable(logging.NOTSET)
+def load_moments(path):
+    """Load what any number of processes wrote into the optimizers. Each process reads the file and takes its rows."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    with open_file(path) as file:
+        for name, ours in moments().items():
+            theirs = file.get_tensor(name) if name in file.keys() else torch.empty(0)
+            check((theirs.shape, theirs.dtype) == (ours.shape, ours.dtype), f'{path} does not fit these optimizers '
+                  f'({name}); --init_from={source} --out_dir=NEW starts another run from the weights')
+            if isinstance(ours, DTensor):
+                theirs = distribute_tensor(theirs, ours.device_mesh, ours.placements, src_data_rank=None)
+            ours.copy_(theirs)
 
 
-def out_of_memory(error):
-    """End with one line when memory is exhausted; raise other errors."""
-    if not isinstance(error, MemoryError) and 'out of memory' not in str(error) and 'allocate memory' not in str(error):
-        raise error
-    config.fail(f'{device} has too little memory; try --recompute=True, or a smaller --batch_size with more '
-                '--gradient_accumulation_steps')
+torch.manual_seed(seed)
+settings['vocab_size'] = vocab_size or vocabulary
+with one_line_errors():
+    model, trained_on = load_model()
+    model.recompute |= recompute
+    if team_size > 1:
+        model.group, _ = dist.new_subgroups(team_size)
+    if fsdp:
+        shard(model)
+    optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
+    if source:
+        check(state.step < max_iters, f'{source} has done {state.step} steps of max_iters ({max_iters}); continue with '
+                                      'a larger --max_iters')
+        load_moments(source / 'optimizer/moments.safetensors')
+        if rank == 0:  # has the counts of all processes
+            load = state.expert_load.reshape(model.expert_load.shape)
+            model.expert_load += torch.from_numpy(load).to(device)
+GradScaler = torch.amp.GradScaler
+if fsdp:
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as GradScaler
+scaler = GradScaler(device_type, enabled=dtype == 'float16')
+if state.scaler:
+    scaler.load_state_dict(state.scaler)
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
+use_compile = device_type == 'cuda' if compile is None else compile
+if use_compile and fsdp:
+    for layer in model.model.layers:
+        layer.compile()
+run = torch.compile(model) if use_compile and not fsdp else model
+if distributed and not fsdp:
+    run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-
-# --- evaluate, log, plot ---------------------------------------------------------------------------------------------
+# --- evaluate, save, log, plot ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate():
     """Mean loss in nats per token over eval_iters batches, spread over the validation rows, or over all of them."""
     model.eval()
-    starts, total = row_starts['val'], torch.zeros(2, device=device)  # the sum of the losses, and their number
-    if 0 < eval_iters * batch_size < len(starts):
-        starts = starts[np.linspace(0, len(starts), eval_iters * batch_size, endpoint=False).astype(int)]
-    mine = np.arange(rank, -(-len(starts) // world) * world, world)  # as many for each process; some are repeated
+    rows, total = val_rows, torch.zeros(2, device=device)  # the sum of the losses, and their number
+    if 0 < eval_iters * batch_size < len(rows):
+        rows = rows[np.linspace(0, len(rows), eval_iters * batch_size, endpoint=False).astype(int)]
+    rows = np.pad(rows, ((0, -len(rows) % world), (0, 0)))[rank::world]  # as many for each process; (0, 0) is empty
     size = max(batch_size, 2 ** 13 // block_size)  # without gradients there is room for more
-    for part in np.split(mine, range(size, len(mine), size)):
-        x, y = batch_at('val', starts[part % len(starts)])
-        y[torch.from_numpy(part >= len(starts)).to(device)] = -1
+    for i in range(0, len(rows), size):
+        x, y = batch_at('val', rows[i:i + size])
         with autocast:
-            loss = run(x, y, return_logits=False)[1]
-        total += torch.stack((loss * (y >= 0).sum(), (y >= 0).sum()))
+            total += torch.stack((run(x, y, return_logits=False, count=1)[1], (y >= 0).sum()))
     model.train()
     loss, count = summed(total).tolist()
     check(count > 0, f'the validation rows hold no target; are the chats longer than block_size ({block_size})?')
@@ -440,20 +434,52 @@ def evaluate():
 
 def evaluate_and_report():
     """Log the validation loss and, since the last report, the part of the rows that each layer's experts got."""
-    val_loss = evaluate()
-    bits, load = val_loss / math.log(2) / bytes_per_token, summed(model.expert_load.clone()).cpu()
+    val_loss, load = evaluate(), summed(model.expert_load.clone()).cpu()
     model.expert_load.zero_()
-    fraction, dead = load / load.sum(1, keepdim=True).clamp(min=1), (load == 0).sum(1)
-    experts = dict(expert_load_max=fraction.amax(1).tolist(), expert_load_min=fraction.amin(1).tolist(),
-                   dead_experts=dead.tolist())
-    log(val_loss=val_loss, val_bpb=bits, **(experts if state.step else {}))
-    line, busiest = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})', fraction.max().item() * load.size(1)
-    if state.step and busiest > 1.5:
-        line += f', the busiest expert has {busiest:.1f} x the mean load'
-    if state.step and dead.any():
-        line += f', {dead.sum()} experts get no token'
-    say(f'step {state.step}: val loss {val_loss:.4f}, {bits:.4f} bits per byte{line}')
+    row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) * tokens_per_byte)
+    line = f'step {state.step}: val loss {val_loss:.4f}, {row["val_bpb"]:.4f} bits per byte'
+    if not math.isnan(perfect):
+        line += f' (perfect: {perfect:.3f})'
+    if state.step > 0:
+        fraction, dead = load / load.sum(1, keepdim=True).clamp(min=1), (load == 0).sum(1)
+        row |= dict(expert_load_max=fraction.amax(1).tolist(), expert_load_min=fraction.amin(1).tolist(),
+                    dead_experts=dead.tolist())
+        if (busiest := fraction.max() * load.size(1)) > 1.5:
+            line += f', the busiest expert has {busiest:.1f} x the mean load'
+        if dead.any():
+            line += f', {dead.sum()} experts get no token'
+    log(**row)
+    say(line)
     return val_loss
+
+
+def write_checkpoint(name):
+    """Write out_dir/name atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
+    new, folder, old = (out / f'{name}{suffix}' for suffix in ('.new', '', '.old'))
+    state.expert_load = summed(model.expert_load.clone()).tolist()
+    whole, tensors = gathered() if fsdp else model, moments(whole=True) if name == 'last' else {}
+    if rank > 0:
+        return
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    whole.save_adapter(new) if model.lora else whole.save_pretrained(new)
+    write_json(new / 'meta.json', meta | dict(block_size=trained_on))
+    if (data / 'tokenizer.tiktoken').exists():
+        shutil.copy(data / 'tokenizer.tiktoken', new)
+    write_json(new / 'state.json', vars(state) | dict(scaler=scaler.state_dict(), settings=settings))
+    if tensors:
+        (new / 'optimizer').mkdir()
+        save_file(tensors, new / 'optimizer/moments.safetensors')
+    for path in (*new.rglob('*'), new):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    if name == 'best':
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def log(**row):
@@ -475,12 +501,11 @@ def logged_rows():
 def plot():
     """Draw metrics.jsonl as loss.png."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         return say('(pip install matplotlib, and the next run draws loss.png)')
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout='constrained')
+    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
+    axes = figure.subplots()
     for key, label, style in (('train_loss', 'training', '-'), ('val_loss', 'validation', 'o-')):
         points = [(row['step'], row[key]) for row in logged_rows() if row.get(key)]
         axes.plot(*zip(*points), style, label=label, markersize=4, linewidth=1.2)
@@ -490,8 +515,8 @@ def plot():
     total, active = (f'{model.num_parameters(active) / 1e6:,.1f} M' for active in (False, True))
     axes.set(title=f'{data.name}: {total} parameters, {active} active', xlabel='step', ylabel='loss (nats per token)',
              yscale='log')
-    axes.yaxis.set_major_formatter('{x:g}')
-    axes.yaxis.set_minor_formatter('{x:g}')
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter('{x:g}')
     axes.legend()
     figure.savefig(out / 'loss.png', dpi=120)
 
@@ -518,49 +543,12 @@ def stop(number, frame):
 
 # --- the loop --------------------------------------------------------------------------------------------------------
 
-torch.manual_seed(seed)
-settings['vocab_size'] = vocab_size or vocabulary
-try:
-    model, trained_on = load_model()
-    check(block_size <= model.config.max_position_embeddings,
-          f'block_size ({block_size}) exceeds max_position_embeddings ({model.config.max_position_embeddings})')
-    model.recompute |= recompute
-    if sharing > 1:
-        model.group, _ = dist.new_subgroups(sharing)
-    if fsdp:
-        shard(model)
-    optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
-    if source:
-        check(state.step < max_iters, f'{source} has done {state.step} steps of max_iters ({max_iters}); continue with '
-                                      'a larger --max_iters')
-        load_moments(source / 'optimizer')
-        if rank == 0:  # has the counts of all processes
-            load = torch.tensor(state.expert_load, device=device)
-            check(load.shape == model.expert_load.shape, f'{source}/state.json has the expert_load of another model')
-            model.expert_load += load
-except (ValueError, OSError) as error:
-    config.fail(error)
-except (MemoryError, RuntimeError) as error:
-    out_of_memory(error)
-GradScaler = torch.amp.GradScaler
-if fsdp:
-    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as GradScaler
-scaler = GradScaler(device_type, enabled=dtype == 'float16')
-if scaler.is_enabled() and state.scaler:
-    scaler.load_state_dict(state.scaler)
-autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
-use_compile = device_type == 'cuda' if compile is None else compile
-if use_compile and fsdp:
-    for layer in model.model.layers:
-        layer.compile()
-run = torch.compile(model) if use_compile and not fsdp else model
-if distributed and not fsdp:
-    run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False, gradient_as_bucket_view=True)
 if rank == 0:
-    rows = [row for row in logged_rows() if source and row['step'] <= state.step]  # later steps will be logged again
-    (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    (out / 'metrics.new').replace(out / 'metrics.jsonl')
-    for folder in () if source else checkpoints():
+    with one_line_errors():
+        rows = [row for row in logged_rows() if source and row['step'] <= state.step]  # later ones will be logged again
+        (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        (out / 'metrics.new').replace(out / 'metrics.jsonl')
+    for folder in () if source else found:
         shutil.rmtree(folder)
     if wandb_log:
         try:
@@ -579,7 +567,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 progress = tqdm(total=max_iters, initial=state.step, unit='step', dynamic_ncols=True, disable=rank > 0)
 model.train()
-try:
+with one_line_errors():
     if state.step == 0:
         evaluate_and_report()
     elif state.best_step == state.step:  # the run may have been killed before it wrote this one
@@ -590,9 +578,9 @@ try:
             for group in optimizer.param_groups:
                 group['lr'] = peak * rate
         torch.manual_seed(seed + state.step + (rank << 40))  # dropout follows from the step, in a resumed run too
-        batches, count, totals = list(train_batches()), None, torch.zeros(3, device=device)
-        if chats:  # every target counts the same, whichever batch it is in
-            count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / (micro_steps * world)
+        batches, totals = list(train_batches()), torch.zeros(3, device=device)
+        # the mean number of targets in a part of a batch; dividing by it gives every target of the step equal weight
+        count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / (micro_steps * world)
         for micro_step, (x, y) in enumerate(batches, 1):
             if distributed and not fsdp:
                 run.require_backward_grad_sync = micro_step == micro_steps  # DDP sums gradients once a step
@@ -625,7 +613,9 @@ try:
                        tokens_per_second=len(seconds) * tokens_per_step / sum(seconds))
             if peak_flops:
                 row['mfu'] = flops * row['tokens_per_second'] / peak_flops / world
-            log(**row, **(dict(skipped=state.skipped) if state.skipped else {}))
+            if state.skipped:
+                row['skipped'] = state.skipped
+            log(**row)
             with suppress(OSError):  # stderr may be closed
                 progress.set_postfix(loss=f'{train_loss:.3f}', tokens_per_s=f'{row["tokens_per_second"]:,.0f}')
             state.losses, seconds = [], []
@@ -640,12 +630,6 @@ try:
                                            f'skipped; {out / "last"} holds the weights. Try a lower --learning_rate')
         with suppress(OSError):
             progress.update()
-except OSError as error:
-    for name in ('last.new', 'best.new'):  # they may fill the disk
-        shutil.rmtree(out / name, ignore_errors=True)
-    config.fail(f'{error}; the checkpoints in {out} are whole')
-except (MemoryError, RuntimeError) as error:
-    out_of_memory(error)
 progress.close()
 if state.step < max_iters:
     say(f'{stopped_by or "another process"} stopped the run after step {state.step}; --out_dir={out_dir} '
