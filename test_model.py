@@ -1037,7 +1037,7 @@ def state_of(folder):
 def assert_same_run(out, other):
     """The same numbers, and the same weights and moments at the end, to the last bit."""
     assert metrics(out) == metrics(other)
-    for file in ('last/model.safetensors', 'last/optimizer/moments.safetensors'):
+    for file in ('last/model.safetensors', 'last/optimizer.safetensors'):
         ours, theirs = load_file(out / file), load_file(other / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -1097,7 +1097,7 @@ def test_batches_and_schedule(fox, tmp_path, monkeypatch):
     assert len({starts[0] for starts in epochs}) > 1  # each epoch cuts blocks at another offset
     assert drawn[0] not in (epochs[0], drawn[1])
     ran('train.py', *common, f'--out_dir={tmp_path}/b', '--batch_size=2', '--gradient_accumulation_steps=4')
-    moved, other = (load_file(tmp_path / x / 'last/optimizer/moments.safetensors') for x in 'ab')
+    moved, other = (load_file(tmp_path / x / 'last/optimizer.safetensors') for x in 'ab')
     compared = [name for name in moved if name.endswith(('exp_avg', 'momentum'))]
     assert len(compared) == len(load_file(tmp_path / 'a/last/model.safetensors'))
     assert all(off(moved[name], other[name]) < 1e-4 for name in compared)
@@ -1177,7 +1177,7 @@ def test_stopped(where, number, sent, fox, tmp_path):
     assert_same_run(out, fox / 'short')
 
 
-@pytest.mark.parametrize('file', ['model.safetensors', 'state.json', 'config.json', 'optimizer/moments.safetensors'])
+@pytest.mark.parametrize('file', ['model.safetensors', 'state.json', 'config.json', 'optimizer.safetensors'])
 def test_damaged_checkpoint(file, fox, tmp_path):
     """The older checkpoint replaces a damaged one."""
     shutil.copytree(fox / 'short', tmp_path, dirs_exist_ok=True)

@@ -30,7 +30,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+import torch.distributed.checkpoint.state_dict as dcp
+from filelock import FileLock
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from model import GPT, GPTConfig, find_checkpoint, open_file, read_json, save_file, write_json
@@ -89,7 +93,6 @@ seed = 1337  # of weights, batches and dropout
 # -----------------------------------------------------------------------------
 settings, given = config.read(__file__, model=True)
 globals().update(settings)
-out, data = Path(out_dir), Path(data_dir)
 
 
 def check(good, message):
@@ -105,7 +108,7 @@ def say(message):
 
 @contextmanager
 def one_line_errors():
-    """End with one line where files do not fit, the disk is full, or memory is exhausted."""
+    """End with one line where files do not fit, the disk is full, memory is exhausted or another process ended."""
     try:
         yield
     except ValueError as error:
@@ -116,8 +119,9 @@ def one_line_errors():
         config.fail(f'{error}; the checkpoints in {out} are whole')
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', str(error)):
-            config.fail(f'{device} has too little memory; try --recompute=True, or a smaller --batch_size with more '
+            config.fail(f'{device} is out of memory; try --recompute=True, or halve --batch_size and double '
                         '--gradient_accumulation_steps')
+        check('closed by peer' not in str(error), 'another process ended; its message says why')
         raise
 
 
@@ -136,31 +140,28 @@ def summed(tensor):
     return tensor
 
 
-def barrier():
-    summed(torch.zeros(1))
-
-
 # --- the run in out_dir: a new one, or the one that its newest checkpoint continues ----------------------------------
 
 NEW = dict(step=0, sequences=0, tokens=0, skipped=0, skipped_in_a_row=0, best_loss=math.inf, best_step=0, losses=[],
-           expert_load=[], wandb='', scaler={}, settings={})  # state.json of a run that has not started
+           wandb='', scaler={}, settings={})  # state.json of a run that has not started
+out = Path(out_dir)
+checkpoints = best, last, before_last = out / 'best', out / 'last', out / 'last.old'
+held = any(folder.exists() for folder in checkpoints)
 
 
 def newest_checkpoint():
     """(folder, state) of the newest checkpoint whose files are all readable; (None, NEW) where there is none."""
-    for folder in (folder for folder in found if folder.name != 'best'):
+    for folder in filter(Path.exists, (last, before_last)):
         try:
-            for file in (*folder.rglob('*.safetensors'), *folder.glob('*.json')):
+            for file in (*folder.glob('*.safetensors'), *folder.glob('*.json')):
                 open_file(file) if file.suffix == '.safetensors' else read_json(file)
             raw = read_json(folder / 'state.json')
             state = SimpleNamespace(**{key: type(value)(raw[key]) for key, value in NEW.items()})
             state.losses = np.array(state.losses, float).reshape(-1, 2).tolist()
-            state.expert_load = np.array(state.expert_load, int)
             return folder, state
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             say(f'{folder} is damaged: {type(error).__name__}: {error}')
-    check(not found, f'{out} has no readable checkpoint to resume; --init_from={out}/best --out_dir=NEW starts another '
-                     'run from its best weights')
+    check(not held, f'{out} has no readable checkpoint; --init_from={best} --out_dir=NEW starts from its best weights')
     return None, SimpleNamespace(**NEW)
 
 
@@ -170,20 +171,16 @@ if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as error:
-        config.fail(f'cannot lock {out}: {error} If another run is writing to it, give this one another --out_dir')
-barrier()
-found = [out / name for name in ('last', 'last.old', 'best') if (out / name).exists()]
+        config.fail(f'cannot lock {out}, for example because another run is writing to it: {error}')
 source, state = newest_checkpoint() if init_from == 'resume' else (None, SimpleNamespace(**NEW))
 if source:  # the settings of the run; those given now take precedence
     known = config.declared('model.py') | config.declared('train.py')
     for key in state.settings.keys() & known.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}:
         settings[key] = config.convert(f'{source}/state.json: {key}', state.settings[key], known[key][0])
     globals().update(settings)
-    data = Path(data_dir)
-check(init_from == 'resume' or overwrite or not found, f'{out} holds a run; --init_from=resume continues it, '
-      '--out_dir=NAME starts another elsewhere, --overwrite replaces it')
+check(source or overwrite or not held, f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
 base = Path(init_from).resolve()
-check(not {folder.resolve() for folder in found} & {base, *base.parents},
+check(not {base, *base.parents} & {folder.resolve() for folder in checkpoints},
       f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 scratch = not source and init_from in ('scratch', 'resume')
 positive = 'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'
@@ -198,8 +195,7 @@ check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsd
 # its processes. So a process has `micro_steps` parts of batches in a step.
 teams = math.gcd(world, gradient_accumulation_steps)
 team_size, micro_steps = world // teams, gradient_accumulation_steps // teams
-check(batch_size % team_size == 0, f'{team_size} processes cannot divide a batch of {batch_size} sequences evenly; '
-      f'make --batch_size a multiple, or --gradient_accumulation_steps one of {world}')
+check(batch_size % team_size == 0, f'{team_size} processes cannot divide a batch of {batch_size} sequences evenly')
 if distributed and device != 'cpu':  # gloo does not reach mps
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if torch.cuda.is_available() else 'cpu'
 device, dtype = config.pick_device(device, dtype)
@@ -209,11 +205,11 @@ if distributed and device_type == 'cuda':
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
-if rank == 0 and data_dir == 'data/builtin' and not data.exists():
+data = Path(data_dir)
+if rank == 0 and data_dir == 'data/builtin' and not (data / 'meta.json').exists():
     say('making the built-in corpus, once:')
-    made = subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
-    check(made.returncode == 0, 'prepare.py could not make the built-in corpus')
-barrier()
+    subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
+summed(torch.zeros(1))  # the other processes wait
 try:
     meta = read_json(data / 'meta.json')
     sizes, token_dtype = {split: int(meta[f'{split}_tokens']) for split in ('train', 'val')}, np.dtype(meta['dtype'])
@@ -243,9 +239,8 @@ def batch_at(split, rows):
         y[i, :len(targets)] = targets
         if chats:
             y[i, :len(targets)][open_bin(split, np.uint8, '_mask')[start + 1:stop + 1] == 0] = -1
-    largest, vocab_size = max(x.max(), y.max()), model.config.vocab_size
-    check(largest < vocab_size, f'{data / split}.bin holds the token id {largest}, but the model has vocab_size '
-                                f'{vocab_size}')
+    largest, V = max(x.max(), y.max()), model.config.vocab_size
+    check(largest < V, f'{data / split}.bin holds the token id {largest}, but the model has vocab_size {V}')
     return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 
@@ -264,9 +259,8 @@ def cut_into_rows(split):
 
 
 for split in sizes:
-    check(len(open_bin(split)) > block_size or chats,
-          f'{data / split}.bin has {sizes[split]} tokens, fewer than block_size + 1 = {block_size + 1}; take more text '
-          'or a smaller --block_size')
+    check(len(open_bin(split)) > block_size or chats, f'{data / split}.bin has {sizes[split]} tokens, fewer than '
+          f'block_size + 1 = {block_size + 1}; take more text or a smaller --block_size')
 val_rows, chat_rows = cut_into_rows('val'), cut_into_rows('train') if chats else None
 rows_per_epoch = len(chat_rows) if chats else max(1, (sizes['train'] - block_size) // block_size)
 
@@ -294,20 +288,8 @@ def train_batches():
 
 # --- model and optimizers --------------------------------------------------------------------------------------------
 
-def check_tokenizer(folder):
-    """Refuse a checkpoint whose tokenizer differs from that of the data. Return its block_size, if known."""
-    if not (folder / 'meta.json').exists():
-        return None
-    theirs, tables = read_json(folder / 'meta.json'), [where / 'tokenizer.tiktoken' for where in (folder, data)]
-    same = all(theirs.get(key) == meta.get(key) for key in ('tokenizer', 'vocab_size', 'special_tokens'))
-    same = same and len({table.read_bytes() if table.exists() else b'' for table in tables}) == 1
-    check(same, f'{folder} was trained with another tokenizer than that of {data_dir}; prepare the data with '
-                f'--tokenizer={folder}')
-    return max(theirs.get('block_size') or 0, block_size)
-
-
 def load_model():
-    """The model, new or from a checkpoint, and the longest block_size that it was trained with."""
+    """The model, new or from a checkpoint with the tokenizer of the data, and its longest block_size, if known."""
     place = 'meta' if fsdp and rank else 'cpu' if fsdp else device  # FSDP2 takes the weights from rank 0
     shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
     if scratch:
@@ -323,13 +305,17 @@ def load_model():
     if lora_rank and not model.lora:
         model.add_lora(lora_rank, lora_alpha)
     check(not experts or model.lora, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
-    return model, check_tokenizer(folder)
+    if not (folder / 'meta.json').exists():
+        return model, None
+    theirs, tables = read_json(folder / 'meta.json'), [where / 'tokenizer.tiktoken' for where in (folder, data)]
+    same = all(theirs.get(key) == meta.get(key) for key in ('tokenizer', 'vocab_size', 'special_tokens'))
+    same = same and len({table.read_bytes() if table.exists() else b'' for table in tables}) == 1
+    check(same, f'{folder} has another tokenizer than {data_dir}; prepare the data with --tokenizer={folder}')
+    return model, max(theirs.get('block_size') or 0, block_size)
 
 
 def shard(model):
     """Divide the model of rank 0 over the processes by FSDP2, layer by layer."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     weights = {} if rank else model.state_dict()
     model.to('meta').tie_weights()
     for layer in model.model.layers:
@@ -338,13 +324,13 @@ def shard(model):
             fully_shard(layer.mlp.experts, mp_policy=policy)
         fully_shard(layer)
     fully_shard(model).to_empty(device=device).reset_counters(device)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp.set_model_state_dict(model, weights, options=options)
 
 
 def gathered():
     """A copy of the sharded model, whole in the memory of rank 0. All processes must call this."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
     with torch.device('meta'):
         whole = GPT(model.config)
     if model.lora:
@@ -356,27 +342,28 @@ def gathered():
     return whole
 
 
-def moments(whole=False):
-    """{name: tensor} of the state of the optimizers; zeros before their first step. By default these are the tensors
-    that the optimizers use. whole: sharded ones are gathered, and rank 0 alone gets them. All processes must call this.
+def optimizer_state(whole=False):
+    """{name: tensor} of the state of the optimizers and the rows that experts got: what a resumed run needs beside the
+    weights. whole: a copy for rank 0 alone, with sharded tensors whole and rows of all processes, which all must call.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizers, options=options)
-    return {name: value for name, value in state.items() if torch.is_tensor(value)}
+    options = dcp.StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=True)
+    found = dcp.get_optimizer_state_dict(model, optimizers, options=options)
+    load = summed(model.expert_load.clone()) if whole else model.expert_load
+    return {name: value for name, value in found.items() if torch.is_tensor(value)} | dict(expert_load=load)
 
 
-def load_moments(path):
-    """Load what any number of processes wrote into the optimizers. Each process reads the file and takes its rows."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def load_optimizer_state(path):
+    """Load what any number of processes wrote. Each process reads the file and takes its rows of the tensors."""
     with open_file(path) as file:
-        for name, ours in moments().items():
+        for name, ours in optimizer_state().items():
             theirs = file.get_tensor(name) if name in file.keys() else torch.empty(0)
             check((theirs.shape, theirs.dtype) == (ours.shape, ours.dtype), f'{path} does not fit these optimizers '
                   f'({name}); --init_from={source} --out_dir=NEW starts another run from the weights')
             if isinstance(ours, DTensor):
                 theirs = distribute_tensor(theirs, ours.device_mesh, ours.placements, src_data_rank=None)
             ours.copy_(theirs)
+    if rank > 0:
+        model.expert_load.zero_()  # rank 0 has the rows of all
 
 
 torch.manual_seed(seed)
@@ -390,38 +377,33 @@ with one_line_errors():
         shard(model)
     optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
     if source:
-        check(state.step < max_iters, f'{source} has done {state.step} steps of max_iters ({max_iters}); continue with '
-                                      'a larger --max_iters')
-        load_moments(source / 'optimizer/moments.safetensors')
-        if rank == 0:  # has the counts of all processes
-            load = state.expert_load.reshape(model.expert_load.shape)
-            model.expert_load += torch.from_numpy(load).to(device)
-GradScaler = torch.amp.GradScaler
-if fsdp:
-    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as GradScaler
-scaler = GradScaler(device_type, enabled=dtype == 'float16')
+        check(state.step < max_iters, f'{source} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
+        load_optimizer_state(source / 'optimizer.safetensors')
+scaler = (ShardedGradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=dtype == 'float16')
 if state.scaler:
     scaler.load_state_dict(state.scaler)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 use_compile = device_type == 'cuda' if compile is None else compile
-if use_compile and fsdp:
-    for layer in model.model.layers:
-        layer.compile()
-run = torch.compile(model) if use_compile and not fsdp else model
+if use_compile:
+    for module in model.model.layers if fsdp else [model]:
+        module.compile()
+run = model
 if distributed and not fsdp:
-    run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False, gradient_as_bucket_view=True)
+    run = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 # --- evaluate, save, log, plot ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss in nats per token over eval_iters batches, spread over the validation rows, or over all of them."""
-    model.eval()
-    rows, total = val_rows, torch.zeros(2, device=device)  # the sum of the losses, and their number
+    """Report the mean loss in nats per token over eval_iters batches, spread over the validation rows, or over all of
+    them. Report also, since the last evaluation, the part of the rows that each layer's experts got. Return the loss.
+    """
+    rows, total, load = val_rows, torch.zeros(2, device=device), summed(model.expert_load.clone()).cpu()
     if 0 < eval_iters * batch_size < len(rows):
         rows = rows[np.linspace(0, len(rows), eval_iters * batch_size, endpoint=False).astype(int)]
     rows = np.pad(rows, ((0, -len(rows) % world), (0, 0)))[rank::world]  # as many for each process; (0, 0) is empty
     size = max(batch_size, 2 ** 13 // block_size)  # without gradients there is room for more
+    model.eval()
     for i in range(0, len(rows), size):
         x, y = batch_at('val', rows[i:i + size])
         with autocast:
@@ -429,15 +411,8 @@ def evaluate():
     model.train()
     loss, count = summed(total).tolist()
     check(count > 0, f'the validation rows hold no target; are the chats longer than block_size ({block_size})?')
-    return loss / count
-
-
-def evaluate_and_report():
-    """Log the validation loss and, since the last report, the part of the rows that each layer's experts got."""
-    val_loss, load = evaluate(), summed(model.expert_load.clone()).cpu()
-    model.expert_load.zero_()
-    row = dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) * tokens_per_byte)
-    line = f'step {state.step}: val loss {val_loss:.4f}, {row["val_bpb"]:.4f} bits per byte'
+    row = dict(val_loss=loss / count, val_bpb=loss / count / math.log(2) * tokens_per_byte)
+    line = f'step {state.step}: val loss {row["val_loss"]:.4f}, {row["val_bpb"]:.4f} bits per byte'
     if not math.isnan(perfect):
         line += f' (perfect: {perfect:.3f})'
     if state.step > 0:
@@ -448,16 +423,17 @@ def evaluate_and_report():
             line += f', the busiest expert has {busiest:.1f} x the mean load'
         if dead.any():
             line += f', {dead.sum()} experts get no token'
+        model.expert_load.zero_()
     log(**row)
     say(line)
-    return val_loss
+    return loss / count
 
 
-def write_checkpoint(name):
-    """Write out_dir/name atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
-    new, folder, old = (out / f'{name}{suffix}' for suffix in ('.new', '', '.old'))
-    state.expert_load = summed(model.expert_load.clone()).tolist()
-    whole, tensors = gathered() if fsdp else model, moments(whole=True) if name == 'last' else {}
+def write_checkpoint(folder):
+    """Write best or last atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
+    new, old = folder.with_suffix('.new'), folder.with_suffix('.old')
+    whole = gathered() if fsdp else model
+    tensors = optimizer_state(whole=True) if folder == last else {}
     if rank > 0:
         return
     shutil.rmtree(new, ignore_errors=True)
@@ -468,9 +444,8 @@ def write_checkpoint(name):
         shutil.copy(data / 'tokenizer.tiktoken', new)
     write_json(new / 'state.json', vars(state) | dict(scaler=scaler.state_dict(), settings=settings))
     if tensors:
-        (new / 'optimizer').mkdir()
-        save_file(tensors, new / 'optimizer/moments.safetensors')
-    for path in (*new.rglob('*'), new):
+        save_file(tensors, new / 'optimizer.safetensors')
+    for path in (*new.iterdir(), new):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -478,7 +453,7 @@ def write_checkpoint(name):
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
-    if name == 'best':
+    if folder == best:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -511,12 +486,12 @@ def plot():
         axes.plot(*zip(*points), style, label=label, markersize=4, linewidth=1.2)
     if not math.isnan(perfect):
         axes.axhline(perfect, color='gray', linestyle=':')
-        axes.annotate(f'perfect model: {perfect:.3f}', (0, perfect), xytext=(4, 4), textcoords='offset points')
+        axes.text(0, perfect, f'perfect model: {perfect:.3f}', va='bottom')
     total, active = (f'{model.num_parameters(active) / 1e6:,.1f} M' for active in (False, True))
     axes.set(title=f'{data.name}: {total} parameters, {active} active', xlabel='step', ylabel='loss (nats per token)',
              yscale='log')
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter('{x:g}')
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:g}')
     axes.legend()
     figure.savefig(out / 'loss.png', dpi=120)
 
@@ -548,8 +523,8 @@ if rank == 0:
         rows = [row for row in logged_rows() if source and row['step'] <= state.step]  # later ones will be logged again
         (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
         (out / 'metrics.new').replace(out / 'metrics.jsonl')
-    for folder in () if source else found:
-        shutil.rmtree(folder)
+    for folder in () if source else checkpoints:
+        shutil.rmtree(folder, ignore_errors=True)
     if wandb_log:
         try:
             import wandb
@@ -569,9 +544,9 @@ progress = tqdm(total=max_iters, initial=state.step, unit='step', dynamic_ncols=
 model.train()
 with one_line_errors():
     if state.step == 0:
-        evaluate_and_report()
+        evaluate()
     elif state.best_step == state.step:  # the run may have been killed before it wrote this one
-        write_checkpoint('best')
+        write_checkpoint(best)
     while state.step < max_iters and not stopping:
         began, rate = time.perf_counter(), schedule(state.step)
         for optimizer, peak in zip(optimizers, (learning_rate, muon_lr)):
@@ -610,25 +585,22 @@ with one_line_errors():
         if state.step % log_interval == 0 or state.step == max_iters:
             train_loss, balance_loss = np.mean(state.losses, axis=0).tolist()
             row = dict(train_loss=train_loss, balance_loss=balance_loss, lr=learning_rate * rate, grad_norm=norm,
-                       tokens_per_second=len(seconds) * tokens_per_step / sum(seconds))
+                       skipped=state.skipped, tokens_per_second=len(seconds) * tokens_per_step / sum(seconds))
             if peak_flops:
                 row['mfu'] = flops * row['tokens_per_second'] / peak_flops / world
-            if state.skipped:
-                row['skipped'] = state.skipped
             log(**row)
-            with suppress(OSError):  # stderr may be closed
-                progress.set_postfix(loss=f'{train_loss:.3f}', tokens_per_s=f'{row["tokens_per_second"]:,.0f}')
+            progress.set_postfix(dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{row["tokens_per_second"]:,.0f}'), False)
             state.losses, seconds = [], []
         evaluated = state.step % eval_interval == 0 or state.step == max_iters
-        if evaluated and (val_loss := evaluate_and_report()) < state.best_loss:
+        if evaluated and (val_loss := evaluate()) < state.best_loss:
             state.best_loss, state.best_step = val_loss, state.step
         if evaluated or stopping or state.skipped_in_a_row == 10:
-            write_checkpoint('last')
+            write_checkpoint(last)
         if evaluated and state.best_step == state.step:
-            write_checkpoint('best')
-        check(state.skipped_in_a_row < 10, f'the loss or its gradient was not finite for 10 steps in a row, which were '
-                                           f'skipped; {out / "last"} holds the weights. Try a lower --learning_rate')
-        with suppress(OSError):
+            write_checkpoint(best)
+        check(state.skipped_in_a_row < 10, f'the loss or its gradient was not finite in 10 steps in a row, which were '
+                                           f'skipped; {last} holds the weights. Try a lower --learning_rate')
+        with suppress(OSError):  # stderr may be closed
             progress.update()
 progress.close()
 if state.step < max_iters:
@@ -636,8 +608,7 @@ if state.step < max_iters:
         '--init_from=resume continues it')
 elif rank == 0:
     plot()
-    say(f'done: best val loss {state.best_loss:.4f}; {out / "best"} and {out / "last"} hold the model, '
-        f'{out / "metrics.jsonl"} the numbers')
+    say(f'done: best val loss {state.best_loss:.4f}; {best} and {last} hold the model, {out}/metrics.jsonl the numbers')
     if sample_tokens:
         command = [sys.executable, config.ROOT / 'sample.py', f'--out_dir={out_dir}', f'--device={device}',
                    f'--max_new_tokens={sample_tokens}', '--chat' if chats else f'--start={start}']

@@ -171,7 +171,7 @@ def step_of(folder):
 def assert_same_run(out, other):
     """The same numbers, and the same weights and moments at the end, to the last bit."""
     assert metrics(out) == metrics(other)
-    for file in ('model.safetensors', 'optimizer/moments.safetensors'):
+    for file in ('model.safetensors', 'optimizer.safetensors'):
         ours, theirs = load_file(out / 'last' / file), load_file(other / 'last' / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -468,7 +468,7 @@ def train_mutated(rng, folder):
         options += ['--overwrite', *MODEL, '--eval_interval=2', '--max_iters=3']
     else:
         path = tried / 'out/last' / rng.choice(['state.json', 'state.json', 'state.json', 'config.json', 'meta.json',
-                                                'optimizer/moments.safetensors', 'model.safetensors'])
+                                                'optimizer.safetensors', 'model.safetensors'])
         options += ['--init_from=resume', '--max_iters=26', '--gradient_accumulation_steps=1']
     mutate(rng, path)
     assert_harmless('train.py', *run('train.py', *options))
