@@ -170,7 +170,7 @@ def main():
     for name, good, wanted in (
             ('num_samples', num_samples >= 1, 'at least 1'), ('max_new_tokens', max_new_tokens >= 1, 'at least 1'),
             ('top_k', top_k >= 0, 'at least 0'), ('context', context >= 0, 'at least 0'),
-            ('seed', 0 <= seed < 2 ** 63, 'between 0 and 2 ** 63'), 
+            ('seed', 0 <= seed < 2 ** 63, 'between 0 and 2 ** 63'),
             ('experts', experts in ('', 'mxfp4'), 'mxfp4 or empty'),
             ('reasoning_effort', reasoning_effort in ('low', 'medium', 'high'), 'low, medium or high')):
         if not good:
