@@ -138,6 +138,13 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
+def flash_takes(q):
+    """Whether PyTorch's FlashAttention for CUDA takes queries like these: 16 bits, and sm80 or newer."""
+    return (q.is_cuda and q.dtype != torch.float32 and q.size(-1) % 8 == 0 and q.size(-1) <= 192
+            and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_properties(q.device).major >= 8)
+
+
 class FlashAttention(torch.autograd.Function):
     """`attention` by CUDA's FlashAttention kernel, which takes windows and grouped heads, in memory linear in T.
 
@@ -176,10 +183,7 @@ def attention(q, k, v, sinks, window=None, dropout=0.0):
     With a window, blocks of `window` queries see their own block and the one before. This is exact and linear in T.
     """
     B, T, H, hd = q.shape
-    # PyTorch's FlashAttention for CUDA: 16 bits and sm80 or newer
-    if (q.is_cuda and q.dtype != torch.float32 and not dropout and hd % 8 == 0 and hd <= 192
-            and torch.backends.cuda.is_flash_attention_available()
-            and torch.cuda.get_device_properties(q.device).major >= 8):
+    if flash_takes(q) and not dropout:
         return FlashAttention.apply(q, k, v, sinks, window)
     extra = 8 - hd % 8 if q.is_cuda else 1  # CUDA's kernels want widths in multiples of 8
     logit = F.pad((sinks * hd ** 0.5).to(q.dtype)[:, None], (0, extra - 1))  # SDPA multiplies by hd ** -0.5
