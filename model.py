@@ -407,7 +407,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits -= logits.amax(-1, keepdim=True)
             target_logit = logits.gather(1, tc)
             total = logits.exp_().sum(-1, keepdim=True)
-            loss += torch.where(valid, total.log() - target_logit, 0).sum()
+            loss = loss + torch.where(valid, total.log() - target_logit, 0).sum()  # with +=, torch 2.11 compiles zeros
             if needs_grad:  # d loss / d logits = softmax - one_hot, in the memory of the logits
                 grad = logits.mul_(valid / total).scatter_add_(1, tc, -valid.float()).to(x.dtype)
                 dx.append(grad @ w)
