@@ -148,8 +148,9 @@ def flash_takes(q):
 class FlashAttention(torch.autograd.Function):
     """`attention` by CUDA's FlashAttention kernel, which takes windows and grouped heads, in memory linear in T.
 
-    The kernel also returns the logarithms of the softmax's denominators, to which each sink is added afterwards. A sink
-    adds no value, so the kernel's backward computes the gradients of q, k and v from the new outputs and denominators.
+    The kernel also returns the logarithms of the softmax's denominators (lse). From them follows the weight that a sink
+    leaves to the keys, by which outputs and their gradients are multiplied. The kernel's backward subtracts the product
+    of the output and its gradient; given the output with the sink, it computes the gradients with the sink.
     """
 
     @staticmethod
@@ -158,20 +159,20 @@ class FlashAttention(torch.autograd.Function):
         ctx.options = dict(scale=hd ** -0.5, window_size_left=(window or 0) - 1, window_size_right=0)  # -1: no window
         y, lse, *state, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, None, None, T, T, 0.0, True, False, **ctx.options)
-        total = torch.logaddexp(lse, sinks.float()[:, None])  # (B, H, T)
-        y = (y * (lse - total).exp().mT[..., None]).to(q.dtype)
-        ctx.save_for_backward(q, k, v, sinks, y, total, *state)
+        kept = torch.sigmoid(lse - sinks.float()[:, None])  # (B, H, T)
+        y = (y * kept.mT[..., None]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, y, lse, *state)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v, sinks, y, total, *state = ctx.saved_tensors
-        T = q.size(1)
+        q, k, v, sinks, y, lse, *state = ctx.saved_tensors
+        T, kept = q.size(1), torch.sigmoid(lse - sinks.float()[:, None])
+        # lse must be the kernel's own: the compiler pads the strides of what it computes, which the kernel ignores
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dy, q, k, v, y, total, None, None, T, T, 0.0, True, *state, **ctx.options)
-        sink_weight = (sinks.float()[:, None] - total).exp()
-        dsinks = -(sink_weight * (dy.float() * y.float()).sum(-1).mT).sum((0, 2))
+            (dy * kept.mT[..., None]).to(dy.dtype), q, k, v, y, lse, None, None, T, T, 0.0, True, *state, **ctx.options)
+        dsinks = -((1 - kept) * (dy.float() * y.float()).sum(-1).mT).sum((0, 2))
         return dq, dk, dv, dsinks.to(sinks.dtype), None
 
 
