@@ -73,13 +73,13 @@ class GPTConfig:
             kinds = {int: (int,), bool: (bool,)}.get(field.type, (float, int))
             if field.name != 'layer_types' and not (type(value) in kinds and least <= value < 2 ** 31):
                 raise ValueError(f'{field.name} is {value!r:.99}; it must be {kinds[0].__name__}, at least {least}')
-        heads, kv_heads, layers = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
+        H, KV, L = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
+        E, k = self.num_local_experts, self.num_experts_per_tok
         rules = {
-            f'num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})':
-                heads % kv_heads == 0,
-            'num_experts_per_tok must not exceed num_local_experts': self.num_experts_per_tok <= self.num_local_experts,
-            'head_dim must be even, because RoPE rotates pairs': self.head_dim % 2 == 0,
-            f'layer_types must name a type for each of num_hidden_layers ({layers})': len(self.layer_types) == layers,
+            f'num_attention_heads ({H}) must be a multiple of num_key_value_heads ({KV})': H % KV == 0,
+            f'num_experts_per_tok ({k}) must not exceed num_local_experts ({E})': k <= E,
+            f'head_dim ({self.head_dim}) must be even, because RoPE rotates pairs': self.head_dim % 2 == 0,
+            f'layer_types must have num_hidden_layers ({L}) names': len(self.layer_types) == L,
             f'layer_types may name {SLIDING} and {FULL}': {*self.layer_types} <= {SLIDING, FULL},
             'dropout must be below 1': max(self.dropout, self.attention_dropout) < 1,
             'rope_factor must be at least 1, and rope_theta above 1': self.rope_factor >= 1 and self.rope_theta > 1,

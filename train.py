@@ -386,7 +386,7 @@ autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != '
 use_compile = device_type == 'cuda' if compile is None else compile
 if use_compile:
     for module in model.model.layers if fsdp else [model]:
-        module.compile()
+        module.compile(dynamic=False)  # one graph for training, one for evaluation
 run = model
 if distributed and not fsdp:
     run = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -401,8 +401,10 @@ def evaluate():
     rows, total, load = val_rows, torch.zeros(2, device=device), summed(model.expert_load.clone()).cpu()
     if 0 < eval_iters * batch_size < len(rows):
         rows = rows[np.linspace(0, len(rows), eval_iters * batch_size, endpoint=False).astype(int)]
-    rows = np.pad(rows, ((0, -len(rows) % world), (0, 0)))[rank::world]  # as many for each process; (0, 0) is empty
     size = max(batch_size, 2 ** 13 // block_size)  # without gradients there is room for more
+    size = min(size, -(-len(rows) // world))
+    # whole batches, as many for each process; the row (0, 0) is empty
+    rows = np.pad(rows, ((0, -len(rows) % (size * world)), (0, 0)))[rank::world]
     model.eval()
     for i in range(0, len(rows), size):
         x, y = batch_at('val', rows[i:i + size])
