@@ -60,7 +60,7 @@ data_dir = 'data/builtin'  # what prepare.py wrote
 batch_size = 16  # sequences in a batch
 block_size = 256  # tokens in a sequence
 gradient_accumulation_steps = 1  # batches in an optimizer step; --scale alone uses it
-max_iters = 600  # optimizer steps of --learn
+max_iters = 400  # optimizer steps of --learn
 learning_rate = 8e-3  # peak learning rate of AdamW
 muon_lr = 0.007  # peak learning rate of Muon; 0: AdamW trains all parameters
 warmup_iters = 30  # steps of linear warm-up
@@ -152,7 +152,7 @@ def timed(function, device, calls):
     start = time.perf_counter()
     for _ in range(calls):
         function()
-    if device != 'cpu':
+    if not device.startswith('cpu'):
         torch.accelerator.synchronize(device)
     return (time.perf_counter() - start) / calls
 
@@ -311,11 +311,12 @@ def print_table(rows):
 def main(settings):
     settings['device'], settings['dtype'] = config.pick_device(settings['device'], settings['dtype'])
     s, meta_file = SimpleNamespace(**settings), Path(settings['data_dir'], 'meta.json')
-    meta = json.loads(meta_file.read_text()) if meta_file.exists() else NO_DATA
+    meta = NO_DATA | (json.loads(meta_file.read_text()) if meta_file.exists() else {})
     shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
     shape['vocab_size'] = s.vocab_size or meta['vocab_size']
     for wrong, message in (
-            *((settings[key] <= 0, f'{key} is {settings[key]}; it must be above 0') for key in POSITIVE),
+            *((type(value) in (int, float) and (value < 0 or value == 0 and key in POSITIVE),
+               f'{key} is {value}, which is too small') for key, value in settings.items()),
             (s.gpu not in config.PEAK_TFLOPS, f'gpu is {s.gpu!r}; use {", ".join(config.PEAK_TFLOPS)}'),
             (s.learn and min(meta['train_tokens'], meta['val_tokens']) <= s.block_size,
              f'{s.data_dir} has no data for block_size = {s.block_size}; run prepare.py with the same config'),
@@ -336,7 +337,7 @@ def main(settings):
             config.fail(f'there is no row {", ".join(unknown)}; there are {", ".join(names)}')
         rows = median_of_rounds([job for job in jobs if {job['cells']['row'], 'all'} & chosen])
     machine = torch.cuda.get_device_name() if s.device.startswith('cuda') else f'{torch.get_num_threads()} CPU threads'
-    print(title := f'{machine}, torch {torch.__version__}, {s.dtype}')
+    print(title := f'estimate for {s.gpu}' if s.scale else f'{machine}, torch {torch.__version__}, {s.dtype}')
     print_table(rows)
     if s.json_file:
         Path(s.json_file).write_text(json.dumps(dict(title=title, rows=rows), indent=2) + '\n')

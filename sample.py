@@ -53,15 +53,15 @@ export = ''  # folder to write the model to, adapters merged, for transformers a
 
 
 def load(folder, dtype, device):
-    """The model of a checkpoint, its tokenizer, and the block size of its training, or None if that is unknown."""
+    """The model of a checkpoint, its tokenizer, and the block size of its training, or 0 if that is unknown."""
     merge_first = export and (folder / 'adapter.json').exists()  # save_pretrained packs the merged experts
     model = GPT.from_pretrained(folder, dtype, device, None if merge_first else experts or None)
     if model.lora and (merge_first or not experts):
         model.merge_lora()
     if (folder / 'meta.json').exists():
-        return model, load_tokenizer(folder), read_json(folder / 'meta.json').get('block_size')
+        return model, load_tokenizer(folder), int(read_json(folder / 'meta.json').get('block_size') or 0)
     if model.config.vocab_size == 201088:
-        return model, encoding('o200k_harmony'), None
+        return model, encoding('o200k_harmony'), 0
     raise ValueError(f'{folder} has no meta.json, so no tokenizer; copy it and tokenizer.tiktoken from the data')
 
 
@@ -192,7 +192,7 @@ def main():
     def answer(prompt):
         """Yield the tokens (int) that continue a prompt, up to a stop token. Then print the speed."""
         began, stops = time.perf_counter(), stop_tokens(encoder)
-        options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size
+        options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size or None
         tokens = model.stream(torch.tensor([prompt], device=where), max_new_tokens, *options)
         for number, token in enumerate(map(int, tokens), 1):
             if token in stops:

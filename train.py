@@ -63,7 +63,7 @@ num_key_value_heads = 2
 head_dim = 32
 router_aux_loss_coef = 0.05
 # optimizers and schedule
-max_iters = 600  # optimizer steps in the whole run
+max_iters = 400  # optimizer steps in the whole run
 learning_rate = 8e-3  # peak rate of AdamW
 muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
 min_lr = 0.0  # rate of AdamW at the end; Muon's falls in proportion
@@ -156,7 +156,7 @@ def newest_checkpoint():
             for file in (*folder.glob('*.safetensors'), *folder.glob('*.json')):
                 open_file(file) if file.suffix == '.safetensors' else read_json(file)
             raw = read_json(folder / 'state.json')
-            state = SimpleNamespace(**{key: type(value)(raw[key]) for key, value in NEW.items()})
+            state = SimpleNamespace(**{key: type(value)(raw.get(key, value)) for key, value in NEW.items()})
             state.losses = np.array(state.losses, float).reshape(-1, 2).tolist()
             return folder, state
         except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -173,7 +173,7 @@ if rank == 0:
     except (OSError, NotImplementedError) as error:
         config.fail(f'cannot lock {out}, for example because another run is writing to it: {error}')
 source, state = newest_checkpoint() if init_from == 'resume' else (None, SimpleNamespace(**NEW))
-if source:  # the settings of the run; those given now take precedence
+if source:  # the settings of the run win over the defaults above; flags and config files win over both
     known = config.declared('model.py') | config.declared('train.py')
     for key in state.settings.keys() & known.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}:
         settings[key] = config.convert(f'{source}/state.json: {key}', state.settings[key], known[key][0])
@@ -192,7 +192,7 @@ check(lr_schedule in ('cosine', 'linear', 'constant'), 'lr_schedule must be cosi
 check(not scratch or not lora_rank and not experts, 'lora_rank and experts adapt a model: give --init_from=FOLDER')
 check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
 # The processes form teams. The teams take the batches of a step in turn, and a team divides each of its batches among
-# its processes. So a process has `micro_steps` parts of batches in a step.
+# its processes. For example, 8 processes and 12 batches: 4 teams of 2, and a process takes half of each of 3 batches.
 teams = math.gcd(world, gradient_accumulation_steps)
 team_size, micro_steps = world // teams, gradient_accumulation_steps // teams
 check(batch_size % team_size == 0, f'{team_size} processes cannot divide a batch of {batch_size} sequences evenly')
@@ -231,23 +231,22 @@ def open_bin(split, kind=token_dtype, suffix=''):
 
 def batch_at(split, rows):
     """Rows (start, stop) of a split -> inputs and targets, int64 (B, block_size); targets after stop are -1."""
-    tokens, x = open_bin(split), np.full((len(rows), block_size), end_of_text, np.int64)
+    tokens, mask = open_bin(split), open_bin(split, np.uint8, '_mask') if chats else None
+    x = np.full((len(rows), block_size), end_of_text, np.int64)
     y = np.full_like(x, -1)
     for i, (start, stop) in enumerate(rows):
-        inputs, targets = tokens[start:start + block_size], tokens[start + 1:stop + 1]
+        inputs, targets = tokens[start:start + block_size], tokens[start + 1:stop + 1].astype(np.int64)
         x[i, :len(inputs)] = inputs  # the last chat may end before its row
-        y[i, :len(targets)] = targets
-        if chats:
-            y[i, :len(targets)][open_bin(split, np.uint8, '_mask')[start + 1:stop + 1] == 0] = -1
+        y[i, :len(targets)] = np.where(mask[start + 1:stop + 1], targets, -1) if chats else targets
     largest, V = max(x.max(), y.max()), model.config.vocab_size
     check(largest < V, f'{data / split}.bin holds the token id {largest}, but the model has vocab_size {V}')
     return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 
 def cut_into_rows(split):
-    """Rows (start, stop) that together predict every token once, each up to the last end of a document in reach, or
-    all its tokens where a document is longer. A chat begins after the end of the one before, a text with that end.
-    In texts the last incomplete row is dropped."""
+    """Rows (start, stop) that together predict every token once. A row stops at the last end of a document within
+    block_size tokens, or is full where there is none. A row of a chat starts after the end of the chat before, a row
+    of a text on it. In texts the last incomplete row is dropped."""
     tokens, start, rows = open_bin(split), 0, []
     ends = np.append(-1, np.flatnonzero(tokens == end_of_text))
     while start < len(tokens) - (0 if chats else block_size):
@@ -276,7 +275,7 @@ def epoch_rows(epoch):
     return np.stack((starts, starts + block_size), axis=1)
 
 
-def train_batches():
+def train_parts():
     """This process's parts of the batches of a step. The seed and the number of sequences seen determine them, so that
     a resumed run draws the same ones, with any number of processes."""
     size = batch_size // team_size
@@ -289,7 +288,8 @@ def train_batches():
 # --- model and optimizers --------------------------------------------------------------------------------------------
 
 def load_model():
-    """The model, new or from a checkpoint with the tokenizer of the data, and its longest block_size, if known."""
+    """The model, new or from a checkpoint with the tokenizer of the data, and the longest block_size of its training,
+    or None where that is unknown."""
     place = 'meta' if fsdp and rank else 'cpu' if fsdp else device  # FSDP2 takes the weights from rank 0
     shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
     if scratch:
@@ -298,7 +298,7 @@ def load_model():
     folder = find_checkpoint(source or init_from)
     frozen = lora_rank or (folder / 'adapter.json').exists()
     if frozen and not source and 'router_aux_loss_coef' not in given:
-        settings['router_aux_loss_coef'] = shape['router_aux_loss_coef'] = 0.0  # frozen routers cannot be balanced
+        shape['router_aux_loss_coef'] = 0.0  # frozen routers cannot be balanced
     overrides = {key: shape[key] for key in shape.keys() & given | {'router_aux_loss_coef'}}
     model = GPT.from_pretrained(source or init_from, getattr(torch, dtype) if frozen else torch.float32, place,
                                 experts or None, **overrides)
@@ -316,10 +316,10 @@ def load_model():
 
 def shard(model):
     """Divide the model of rank 0 over the processes by FSDP2, layer by layer."""
-    weights = {} if rank else model.state_dict()
+    weights = {} if rank else model.state_dict()  # keeps the tensors
     model.to('meta').tie_weights()
     for layer in model.model.layers:
-        if dtype != 'float32' and not model.lora:  # experts compute in the dtype of their input, so they travel in it
+        if dtype != 'float32' and not model.lora:  # experts compute in 16 bits, so they are gathered in them
             policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
             fully_shard(layer.mlp.experts, mp_policy=policy)
         fully_shard(layer)
@@ -343,8 +343,8 @@ def gathered():
 
 
 def optimizer_state(whole=False):
-    """{name: tensor} of the state of the optimizers and the rows that experts got: what a resumed run needs beside the
-    weights. whole: a copy for rank 0 alone, with sharded tensors whole and rows of all processes, which all must call.
+    """{name: tensor} of the state of the optimizers and of the rows of each expert: what a resumed run needs beside the
+    weights. They are the tensors themselves. whole: a copy on rank 0, gathered from all processes, which all must call.
     """
     options = dcp.StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=True)
     found = dcp.get_optimizer_state_dict(model, optimizers, options=options)
@@ -370,6 +370,7 @@ torch.manual_seed(seed)
 settings['vocab_size'] = vocab_size or vocabulary
 with one_line_errors():
     model, trained_on = load_model()
+    settings.update(vars(model.config))
     model.recompute |= recompute
     if team_size > 1:
         model.group, _ = dist.new_subgroups(team_size)
@@ -396,7 +397,7 @@ if distributed and not fsdp:
 @torch.no_grad()
 def evaluate():
     """Report the mean loss in nats per token over eval_iters batches, spread over the validation rows, or over all of
-    them. Report also, since the last evaluation, the part of the rows that each layer's experts got. Return the loss.
+    them. Report also the fraction of rows that each expert got since the last evaluation. Return the loss.
     """
     rows, total, load = val_rows, torch.zeros(2, device=device), summed(model.expert_load.clone()).cpu()
     if 0 < eval_iters * batch_size < len(rows):
@@ -409,7 +410,7 @@ def evaluate():
     for i in range(0, len(rows), size):
         x, y = batch_at('val', rows[i:i + size])
         with autocast:
-            total += torch.stack((run(x, y, return_logits=False, count=1)[1], (y >= 0).sum()))
+            total += torch.stack((run(x, y, return_logits=False, count=1)[1], (y >= 0).sum()))  # count=1: the sum
     model.train()
     loss, count = summed(total).tolist()
     check(count > 0, f'the validation rows hold no target; are the chats longer than block_size ({block_size})?')
@@ -484,8 +485,8 @@ def plot():
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
     axes = figure.subplots()
     for key, label, style in (('train_loss', 'training', '-'), ('val_loss', 'validation', 'o-')):
-        points = [(row['step'], row[key]) for row in logged_rows() if row.get(key)]
-        axes.plot(*zip(*points), style, label=label, markersize=4, linewidth=1.2)
+        points = np.array([(row['step'], row[key]) for row in logged_rows() if row.get(key)]).reshape(-1, 2)
+        axes.plot(*points.T, style, label=label, markersize=4, linewidth=1.2)
     if not math.isnan(perfect):
         axes.axhline(perfect, color='gray', linestyle=':')
         axes.text(0, perfect, f'perfect model: {perfect:.3f}', va='bottom')
@@ -511,7 +512,7 @@ def schedule(step):
 
 
 def stop(number, frame):
-    """Finish the step, write a checkpoint, and end. A second Ctrl-C ends at once; torchrun repeats the first one."""
+    """Finish the step, save, and end. A second Ctrl-C ends at once, except under torchrun, which repeats the first."""
     global stopped_by
     if stopped_by and number == signal.SIGINT and not distributed:
         raise KeyboardInterrupt
@@ -539,7 +540,8 @@ flops, peak_flops = model.flops_per_token(block_size), config.peak_flops(device,
 say(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
     f'{sizes["train"]:,} training tokens; {f"{world} x " if distributed else ""}{device}, {dtype}'
     f'{", compiled" if use_compile else ""}')
-stopped_by, stopping, seconds, tokens_per_step = None, False, [], batch_size * gradient_accumulation_steps * block_size
+stopped_by, stopping, seconds = None, False, []
+tokens_per_step = batch_size * gradient_accumulation_steps * block_size
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 progress = tqdm(total=max_iters, initial=state.step, unit='step', dynamic_ncols=True, disable=rank > 0)
@@ -555,24 +557,24 @@ with one_line_errors():
             for group in optimizer.param_groups:
                 group['lr'] = peak * rate
         torch.manual_seed(seed + state.step + (rank << 40))  # dropout follows from the step, in a resumed run too
-        batches, totals = list(train_batches()), torch.zeros(3, device=device)
+        parts, totals = list(train_parts()), torch.zeros(3, device=device)
         # the mean number of targets in a part of a batch; dividing by it gives every target of the step equal weight
-        count = summed(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / (micro_steps * world)
-        for micro_step, (x, y) in enumerate(batches, 1):
+        count = summed(sum((y >= 0).sum() for _, y in parts)).clamp(min=1) / (micro_steps * world)
+        for micro_step, (x, y) in enumerate(parts, 1):
             if distributed and not fsdp:
                 run.require_backward_grad_sync = micro_step == micro_steps  # DDP sums gradients once a step
             with autocast:
                 loss = run(x, y, return_logits=False, count=count)[1]
             scaler.scale(loss / micro_steps).backward()
             totals += torch.stack((loss.detach(), model.balance, loss.new_tensor(stopped_by is not None)))
-        loss, balance, stopping = (summed(totals) / (micro_steps * world)).tolist()
+        loss, balance, stopping = (summed(totals) / (micro_steps * world)).tolist()  # one stopped process stops all
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         norm = (norm.full_tensor() if fsdp else norm).item()
         finite = math.isfinite(loss + norm)
         if finite:
-            for optimizer in optimizers:
+            for optimizer in optimizers:  # not scaler.step, because steps in bf16 and fp32 are skipped too
                 optimizer.step()
         scaler.update()
         model.zero_grad(set_to_none=True)

@@ -84,7 +84,7 @@ def declared(script):
         if line.startswith('# '):
             heading = line[2:]
         elif setting := SETTING.fullmatch(line):
-            default = ast.literal_eval(setting['default'])
+            default = eval(setting['default'], {})  # a value such as 5 * 8
             found[setting['name']] = setting['kind'] or type(default).__name__, default, setting['meaning'], heading
     return found
 
@@ -140,7 +140,7 @@ def print_help(script, settings, fields):
     for heading, rows in itertools.groupby(settings.items(), lambda row: row[1][3]):
         print(f'\n{heading}')
         for key, (kind, default, meaning, _) in rows:
-            print(f'  --{key}={default!r}'.ljust(44), kind.ljust(16), meaning or fields[key][2])
+            print(f'  --{key}={default!r}'.ljust(44), kind.ljust(16), meaning or fields.get(key, ('', '', ''))[2])
     raise SystemExit(0)
 
 
