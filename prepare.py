@@ -156,7 +156,8 @@ def read_file(file):
     kind = KINDS[Path(file).suffix]
     options = dict(text=dict(keep_linebreaks=True, encoding='utf-8-sig'),
                    csv=dict(keep_default_na=False)).get(kind, {})  # a cell that says NA or null is text
-    rows = datasets.load_dataset(kind, data_files=[file], split='train', streaming=True, **options)
+    name = file if '://' in file else glob.escape(file)  # datasets takes names for patterns
+    rows = datasets.load_dataset(kind, data_files=[name], split='train', streaming=True, **options)
     return text_file(rows) if kind == 'text' else documents(rows)
 
 
@@ -371,8 +372,7 @@ def divide(source, chats):
 
 
 def encode(batch, encoder, dtype):
-    """Yield (split, ends, token ids, mask, bytes) of pieces. Texts have an empty mask. For chats, bytes counts those of
-    the targets."""
+    """Yield (split, ends, token ids, mask, bytes) of pieces. The mask of a text is empty; a chat has targets' bytes."""
     for split, text, ends in batch:
         if isinstance(text, Chat):
             tokens, mask, size = [], [], 0
@@ -452,7 +452,7 @@ def main():
     if tokenizer == 'bpe' and vocab_size < 257:
         config.fail(f'--vocab_size={vocab_size} must be at least 257')
     sources = open_sources()
-    named = tokenizer in tiktoken.list_encoding_names()  # also where a folder has the same name
+    named = tokenizer in tiktoken.list_encoding_names()  # even where a folder has the same name
     load = encoding if named or not Path(tokenizer).is_dir() else load_tokenizer
     encoder = None if tokenizer in PATTERNS else load(tokenizer)
     first = next(pieces_of(sources['train']), None)

@@ -207,7 +207,7 @@ def main():
     text = start
     if start.startswith('FILE:'):
         with reading(start):
-            text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+            text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8-sig')
     prompt = encode_prompt(encoder, text) or [encoder.eot_token]
     for _ in range(num_samples):
         print(text, end='', flush=True)

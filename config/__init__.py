@@ -120,6 +120,8 @@ def nearest(key, valid):
 def run_file(path, values):
     """Run a config file with the settings so far as its globals, and return what it assigned."""
     if not Path(path).is_file():
+        path = str(ROOT / path)  # from another folder
+    if not Path(path).is_file():
         fail(f'{path}: no such file; {nearest(path, map(str, ROOT.glob("config/[!_]*.py")))}')
     names = dict(values)
     try:
