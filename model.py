@@ -827,7 +827,8 @@ def find_checkpoint(path):
         if os.path.isfile(file):  # Path.is_file raises OSError for names that are too long
             return file.parent
     if os.path.exists(path) or str(path).count('/') != 1:
-        raise ValueError(f'{str(path):.200} has no config.json, and it is no hub id such as openai/gpt-oss-20b')
+        peft = ', but adapters of PEFT, which are not supported' if Path(path, 'adapter_config.json').exists() else ''
+        raise ValueError(f'{str(path):.200} has no config.json{peft}, and it is no hub id such as openai/gpt-oss-20b')
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path), allow_patterns=['*.json', 'model*', 'adapter*', 'tokenizer.tiktoken']))

@@ -79,8 +79,9 @@ def show(encoder, tokens):
 
 
 # --- chat ---
-def converse(answer, encoder):
-    """Read messages and print the answers, each channel under its name, until the input ends."""
+def converse(answer, encoder, longest):
+    """Read messages and print the answers, each channel under its name, until the input ends. Where the chat has more
+    than `longest` tokens, its oldest turns are left out."""
     if missing := [token for token in HARMONY if token not in encoder.special_tokens_set]:
         config.fail(f'this model was not trained on chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
                     'one on data from python prepare.py --dataset=CHATS.jsonl')
@@ -94,7 +95,12 @@ def converse(answer, encoder):
         if not line:
             continue
         messages.append(dict(role='user', content=line))
-        tokens = answer(Chat(messages).prompt(encoder, reasoning_effort))
+        prompt, oldest = Chat(messages).prompt(encoder, reasoning_effort), len(messages[:1] if system else [])
+        while len(prompt) > longest and len(users := [i for i, m in enumerate(messages) if m['role'] == 'user']) > 1:
+            del messages[oldest:users[1]]
+            prompt = Chat(messages).prompt(encoder, reasoning_effort)
+            print(f'(the oldest turn is left out, because the model looks back {longest} tokens)', file=sys.stderr)
+        tokens = answer(prompt)
         header = None  # tokens of the channel's name, while they come
         for token in tokens:
             if token == channel:
@@ -203,7 +209,7 @@ def main():
         print(f'--- {number} tokens{cut}, {number / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
 
     if chat:
-        return converse(answer, encoder)
+        return converse(answer, encoder, context or block_size or model.config.max_position_embeddings - max_new_tokens)
     text = start
     if start.startswith('FILE:'):
         with reading(start):

@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # a second thread slows down models as small as these
 
+import ast
 import base64
 import contextlib
 import copy
@@ -1250,6 +1251,49 @@ def test_chat(chats):
     assert loss < 0.2 and loss == pytest.approx(total / mask.sum(), abs=0.02)
 
 
+def test_long_chats(tmp_path):
+    """A row begins with a chat and has a target. What does not fit is told, with the block size that takes all."""
+    messages = [[dict(role='user', content='word ' * (300 if i % 4 else 1)), dict(role='assistant', content='ok')]
+                for i in range(40)]
+    data, flags = make_chats(tmp_path, messages, tokenizer='byte'), [*TINY, '--max_iters=2', '--log_interval=1']
+    tokens = {split: np.array(values) for split, values in read_data(data)[2].items()}
+    longest = 0
+    for split, values in tokens.items():
+        ends = np.append(-1, np.flatnonzero(values == read_data(data)[0]['eot_token']))
+        longest = max(longest, np.diff(ends).max() - 1)
+    for block_size in (512, longest):
+        out = tmp_path / str(block_size)
+        said = ran('train.py', f'--data_dir={data}', f'--out_dir={out}', *flags, f'--block_size={block_size}')
+        assert (f'--block_size={longest} takes all' in said) == (block_size == 512)
+        assert all(row['train_loss'] > 0 for row in metrics(out) if 'train_loss' in row)
+        for split, rows in (('train', run.names['chat_rows']), ('val', run.names['val_rows'])):
+            mask = np.fromfile(data / f'{split}_mask.bin', np.uint8)
+            assert all(start == 0 or tokens[split][start - 1] == tokens[split][-1] for start, _ in rows)
+            targets = [mask[start + 1:stop + 1].sum() for start, stop in rows]
+            assert min(targets) > 0 and (sum(targets) == mask.sum()) == (block_size == longest)
+    refused(run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/0', *flags, '--block_size=99'), f'={longest}')
+
+
+def test_other_data(fox, chats, tmp_path):
+    """A run does not continue on data that has changed, unless --data_dir names it."""
+    data = shutil.copytree(fox / 'data', tmp_path / 'data')
+    ran('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1')
+    (data / 'meta.json').write_text(json.dumps(read_data(data)[0] | dict(dataset='another')))
+    resumed = f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=2'
+    refused(run('train.py', *resumed), 'data', 'changed', '--data_dir')
+    ran('train.py', *resumed, f'--data_dir={data}')
+
+
+def test_chat_beyond_the_context(chats):
+    """The oldest turns are left out whole. The system message stays."""
+    prompts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('prepare.Chat.prompt', lambda self, *_: prompts.append(self.parts) or [0] * 9 * len(self.parts))
+        chat_with('red\ngreen\nyellow\n', f'--out_dir={chats}/out', '--system=Be brief.', '--context=20')
+    assert all(parts[0] == ('developer', '', '# Instructions\n\nBe brief.') for parts in prompts)
+    assert [part[2] for part in prompts[-1] if part[0] == 'user'] == ['yellow']
+
+
 def test_adapted_chat(chats, tmp_path):
     """Adapters alone learn other answers. They are resumed, and exported with their base."""
     messages = [[dict(role='user', content='red'), dict(role='assistant', content='go')]] * 16
@@ -1265,6 +1309,16 @@ def test_adapted_chat(chats, tmp_path):
 
 
 # --- command lines ----------------------------------------------------------------------------------------------------
+
+def test_oldest_python():
+    """The sources use nothing that is newer than Python 3.10."""
+    newer = re.compile(r'tomllib|ExceptionGroup|add_note|TaskGroup|contextlib\.chdir|itertools\.batched|StrEnum|\bUTC\b'
+                       r'|file_digest|catch_warnings\([a-z]*=|\.walk\(|sumprod|cbrt|typing\.Self|sys\.exception\b')
+    for file in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('.ci/*.py')]:
+        source = file.read_text(encoding='utf-8')
+        ast.parse(source, feature_version=(3, 10))
+        assert file.name == 'test_model.py' or not newer.search(source), newer.search(source)
+
 
 def test_settings(monkeypatch):
     def read(*arguments):

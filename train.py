@@ -245,16 +245,27 @@ def batch_at(split, rows):
 
 def cut_into_rows(split):
     """Rows (start, stop) that together predict every token once. A row stops at the last end of a document within
-    block_size tokens, or is full where there is none. A row of a chat starts after the end of the chat before, a row
-    of a text on it. In texts the last incomplete row is dropped."""
+    block_size tokens, or is full where there is none. In texts the next row starts there, and the last incomplete row
+    is dropped. In chats it starts after an end, so that each row begins with a whole chat: one that is longer than a
+    row loses its end, and a row without a target is dropped."""
     tokens, start, rows = open_bin(split), 0, []
     ends = np.append(-1, np.flatnonzero(tokens == end_of_text))
     while start < len(tokens) - (0 if chats else block_size):
-        end = ends[np.searchsorted(ends, start + block_size, 'right') - 1]
-        stop = end if end > start else start + block_size
-        rows.append((start, stop))
-        start = stop + 1 if chats and stop == end else stop
-    return np.array(rows)
+        following = np.searchsorted(ends, start + block_size, 'right')
+        end = ends[following - 1]
+        rows.append((start, end if end > start else start + block_size))
+        start = (end if end > start else ends[following]) + 1 if chats else rows[-1][1]
+    rows = np.array(rows)
+    if chats:
+        targets_before = np.append(0, np.cumsum(open_bin(split, np.uint8, '_mask'), dtype=np.int64))
+        targets, total = targets_before[rows[:, 1] + 1] - targets_before[rows[:, 0] + 1], targets_before[-1]
+        advice = f'--block_size={np.diff(ends).max() - 1} takes all'
+        check(targets.any(), f'no answer of {data / split}.bin is within block_size ({block_size}) tokens; {advice}')
+        if targets.sum() < total:
+            say(f'{data / split}.bin: {total - targets.sum():,} of {total:,} answer tokens are left out, because their '
+                f'chats are longer than block_size ({block_size}); {advice}')
+        rows = rows[targets > 0]
+    return rows
 
 
 for split in sizes:
@@ -311,6 +322,8 @@ def load_model():
     same = all(theirs.get(key) == meta.get(key) for key in ('tokenizer', 'vocab_size', 'special_tokens'))
     same = same and len({table.read_bytes() if table.exists() else b'' for table in tables}) == 1
     check(same, f'{folder} has another tokenizer than {data_dir}; prepare the data with --tokenizer={folder}')
+    check(not source or 'data_dir' in given or all(theirs.get(key) == meta[key] for key in meta),
+          f'{data_dir} has changed since {source} was written; give --data_dir to continue with it nonetheless')
     return model, max(theirs.get('block_size') or 0, block_size)
 
 
@@ -413,7 +426,6 @@ def evaluate():
             total += torch.stack((run(x, y, return_logits=False, count=1)[1], (y >= 0).sum()))  # count=1: the sum
     model.train()
     loss, count = summed(total).tolist()
-    check(count > 0, f'the validation rows hold no target; are the chats longer than block_size ({block_size})?')
     row = dict(val_loss=loss / count, val_bpb=loss / count / math.log(2) * tokens_per_byte)
     line = f'step {state.step}: val loss {row["val_loss"]:.4f}, {row["val_bpb"]:.4f} bits per byte'
     if not math.isnan(perfect):
