@@ -427,9 +427,8 @@ def evaluate():
     model.train()
     loss, count = summed(total).tolist()
     row = dict(val_loss=loss / count, val_bpb=loss / count / math.log(2) * tokens_per_byte)
-    line = f'step {state.step}: val loss {row["val_loss"]:.4f}, {row["val_bpb"]:.4f} bits per byte'
-    if not math.isnan(perfect):
-        line += f' (perfect: {perfect:.3f})'
+    best_possible = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
+    line = f'step {state.step}: val loss {row["val_loss"]:.4f}{best_possible}, {row["val_bpb"]:.4f} bits per byte'
     if state.step > 0:
         fraction, dead = load / load.sum(1, keepdim=True).clamp(min=1), (load == 0).sum(1)
         row |= dict(expert_load_max=fraction.amax(1).tolist(), expert_load_min=fraction.amin(1).tolist(),
