@@ -186,8 +186,7 @@ def main():
     folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
     found = [str(folder) for folder in folders for file in ('config.json', 'adapter.json') if (folder / file).exists()]
     if not init_from and not found:
-        config.fail(f'{out_dir} holds no checkpoint; train one with python train.py, or name another with --out_dir or '
-                    '--init_from')
+        config.fail(f'{out_dir} holds no checkpoint: python train.py writes one; --out_dir or --init_from name another')
     folder = find_checkpoint(init_from or found[0])
     where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     model, encoder, block_size = load(folder, getattr(torch, kind), where)
@@ -204,9 +203,9 @@ def main():
             if token in stops:
                 break
             yield token
-        cut = '' if token in stops else ' (max_new_tokens)'
         print(flush=True)
-        print(f'--- {number} tokens{cut}, {number / (time.perf_counter() - began):.1f} tokens/s', file=sys.stderr)
+        speed = f'{number / (time.perf_counter() - began):.1f} tokens/s'
+        print(f'--- {number} tokens{"" if token in stops else " (max_new_tokens)"}, {speed}', file=sys.stderr)
 
     if chat:
         return converse(answer, encoder, context or block_size or model.config.max_position_embeddings - max_new_tokens)
