@@ -141,7 +141,7 @@ def rotate(x, cos, sin):
 def flash_takes(q):
     """Whether PyTorch's FlashAttention for CUDA takes queries like these: 16 bits, and sm80 or newer."""
     return (q.is_cuda and q.dtype != torch.float32 and q.size(-1) % 8 == 0 and q.size(-1) <= 192
-            and torch.backends.cuda.is_flash_attention_available()
+            and torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
             and torch.cuda.get_device_properties(q.device).major >= 8)
 
 
