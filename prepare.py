@@ -12,7 +12,9 @@ Chats are written in the harmony format of gpt-oss. train_mask.bin and val_mask.
 import config  # first: it sets variables that libraries read when they load
 
 import base64
+import csv
 import glob
+import io
 import itertools
 import json
 import math
@@ -25,6 +27,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import tiktoken
 from tqdm.auto import tqdm
@@ -39,7 +42,8 @@ megabytes = 8.0  # size of the built-in corpus
 seed = 1337  # of the built-in corpus
 # the tokens
 tokenizer = 'o200k_harmony'  # a name that tiktoken knows; byte, char or bpe; a data folder or checkpoint that has one
-vocab_size = 1024  # tokens of bpe, with the 256 bytes and end of text; chats add 6
+vocab_size = 1024  # tokens of bpe, with the 256 bytes and end of text; chats and special_tokens add 6
+special_tokens = False  # encode <|endoftext|>, <|start|> ... in a text as special tokens, not as letters
 data_dir = ''  # folder to write to; empty: data/ and the name of the dataset
 num_proc = 0  # threads that tokenise; 0: one per core
 # -----------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def builtin_stories(megabytes, seed):
 
 
 # --- sources: lists of (name, function that yields pieces). A piece is (text or Chat, True where a document ends) ---
-KINDS = {'.txt': 'text', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
+KINDS = '.txt', '.jsonl', '.json', '.csv', '.parquet'
 OFFLINE = '; offline: --dataset=builtin or a .txt file, --tokenizer=byte, char or bpe, or set TIKTOKEN_CACHE_DIR'
 
 
@@ -121,8 +125,11 @@ def open_sources():
     """{'train': its sources} and, where the dataset has a validation split, 'val' too."""
     if dataset == 'builtin':
         return {'train': [(dataset, lambda: ((story, True) for story, _ in builtin_stories(megabytes, seed)))]}
+    # Leading folders that exist are names, even with brackets in them.
+    folder = next((folder for folder in Path(dataset).parents if folder.exists()), Path())
+    pattern = os.path.join(glob.escape(str(folder)), Path(dataset).relative_to(folder))
     local = '://' in dataset or os.path.isfile(dataset)
-    files = [dataset] if local else sorted(filter(os.path.isfile, glob.glob(dataset, recursive=True)))
+    files = [dataset] if local else sorted(set(filter(os.path.isfile, glob.glob(pattern, recursive=True))))
     if wrong := [file for file in files if Path(file).suffix not in KINDS]:
         config.fail(f'{wrong[0]}: its suffix must be one of {" ".join(KINDS)}')
     if files:
@@ -135,7 +142,7 @@ def open_sources():
         splits = datasets.load_dataset(name, subset or None, streaming=max_docs > 0)
     if 'train' not in splits:
         config.fail(f'{dataset} has no split named train; it has {", ".join(splits)}')
-    return {split: [(f'{dataset}, split {name}', partial(documents, splits[name]))]
+    return {split: [(f'{dataset}, split {name}', lambda name=name: documents(table_rows(splits[name])))]
             for split, name in (('train', 'train'), ('val', 'validation')) if name in splits}
 
 
@@ -152,63 +159,150 @@ def pieces_of(sources):
 
 
 def read_file(file):
-    import datasets
-    kind = KINDS[Path(file).suffix]
-    options = dict(text=dict(keep_linebreaks=True, encoding='utf-8-sig'),
-                   csv=dict(keep_default_na=False)).get(kind, {})  # a cell that says NA or null is text
-    name = file if '://' in file else glob.escape(file)  # datasets takes names for patterns
-    rows = datasets.load_dataset(kind, data_files=[name], split='train', streaming=True, **options)
-    return text_file(rows) if kind == 'text' else documents(rows)
+    """The pieces of a local file or URL."""
+    kind = Path(file).suffix
+    if kind == '.parquet':
+        from pyarrow import parquet
+        with opened(file) as stream:
+            yield from documents(table_rows(parquet.ParquetFile(stream)))
+    elif kind == '.txt':
+        yield from text_file(blocks(file))
+    else:
+        lines = itertools.chain.from_iterable(io.StringIO(block, newline='') for block in blocks(file))
+        yield from documents(csv_rows(lines) if kind == '.csv' else json_rows(lines))
+
+
+def opened(file):
+    """A binary stream. A URL is first copied to a temporary folder, because it is read more than once."""
+    local = os.path.isfile(file) or '://' not in file
+    return open(file, 'rb') if local else fsspec.open(f'simplecache::{file}')
+
+
+def blocks(file):
+    """Yield the text of a file in blocks of whole lines."""
+    number = 1  # of the block's first line
+    with opened(file) as stream:
+        while block := stream.read(PIECE) + stream.readline():
+            zeros = block[:1000:2].count(0) - block[1:1000:2].count(0)  # Latin letters in UTF-16: every second byte
+            if number == 1 and (block[:2] in (b'\xff\xfe', b'\xfe\xff') or abs(zeros) > 2 + len(block[:1000]) / 3):
+                raise ValueError('it is in UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8 FILE > NEW_FILE')
+            try:
+                yield block.decode('utf-8-sig' if number == 1 else 'utf-8')
+            except UnicodeDecodeError as error:
+                number += error.object.count(10, 0, error.start)
+                raise ValueError(f'line {number} is not UTF-8 (UnicodeDecodeError: {error.reason})') from error
+            number += block.count(10)
+
+
+def json_rows(lines):
+    """Yield (where, row) of JSON: an object a line, or one array or object of many lines."""
+    lines, first = enumerate(lines, 1), True
+    for number, line in lines:
+        if line.isspace():
+            continue
+        if whole := first and (line.lstrip().startswith('[') or line.strip() == '{'):
+            line += ''.join(line for _, line in lines)
+        first = False
+        try:
+            value = json.loads(line.rstrip())
+        except (ValueError, RecursionError) as error:
+            number += getattr(error, 'lineno', 1) - 1
+            raise ValueError(f'line {number}: {getattr(error, "msg", error)}') from error
+        if whole and isinstance(value, list):
+            yield from ((f'row {i}', row) for i, row in enumerate(value))
+        else:
+            yield f'line {number}', value
+
+
+def csv_rows(lines):
+    """Yield (where, row) of a CSV file with a header. Every cell is text."""
+    csv.field_size_limit(2 ** 31 - 1)
+    rows = csv.DictReader(lines, strict=True)
+    try:
+        for row in rows:
+            if None in row:
+                raise ValueError(f'line {rows.line_num}: it has more cells than the header')
+            yield f'line {rows.line_num}', row
+    except csv.Error as error:
+        raise ValueError(f'the row that begins in line {rows.line_num + 1}: {error}') from error
+
+
+def table_rows(table):
+    """Yield (where, row) of a pyarrow.parquet.ParquetFile or a split of the hub. Only the columns in use are read."""
+    if hasattr(table, 'iter_batches'):
+        batches = table.iter_batches(100, columns=columns_in_use(table.schema_arrow.names))
+    else:
+        columns = columns_in_use(table.column_names or next(iter(table), {}))
+        batches = table.select_columns(columns).with_format('arrow').iter(batch_size=1000)
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        yield f'row {number}', row
+
+
+def columns_in_use(names):
+    """The columns that hold the text or the chat. The others are not read."""
+    for columns in ([text_column], ['messages'], ['conversations'], ['instruction', 'output']):
+        if set(columns) <= set(names):
+            return columns + ['input'] * (columns[0] == 'instruction' and 'input' in names)
+    raise ValueError(f'no column {text_column!r} or messages; the columns are {", ".join(names)}; set --text_column')
 
 
 def documents(rows):
-    """Yield the rows of a dataset as pieces: a text, or the Chat of a list of messages. Empty texts are skipped."""
-    number = 0
-    for batch in rows.iter(batch_size=1000):
-        column = text_column if text_column in batch or 'messages' not in batch else 'messages'
-        for value in batch.get(column, [None]):  # None: there is no such column
+    """Yield rows as pieces: a text, or the Chat of messages. Empty texts are skipped."""
+    for where, row in rows:
+        try:
+            column, *more = columns_in_use(row if isinstance(row, dict) else ())
+            value = row[column]
+            if more:  # alpaca
+                asked = [row[name] for name in ('instruction', 'input') if row.get(name) not in EMPTY]
+                asked = '\n\n'.join(asked) if all(isinstance(text, str) for text in asked) else asked
+                value = [dict(role='user', content=asked), dict(role='assistant', content=row['output'])]
             if isinstance(value, list):
-                try:
-                    value = Chat(value)
-                except ValueError as error:
-                    raise ValueError(f'row {number}: {error}') from error
+                value = Chat(value)
                 if not any(channel == 'final' for _, channel, _ in value.parts):
-                    raise ValueError(f'row {number}: the chat has no final answer of the assistant')
-            elif not isinstance(value, str) or column == 'messages':
-                raise ValueError(f'row {number} has {value!r:.40} in the column {column!r}; the columns are '
-                                 f'{", ".join(batch)} (--text_column=NAME chooses one)')
-            if value:
-                yield value, True
-            number += 1
+                    raise ValueError('the chat has no final answer of the assistant')
+                if found := SPECIAL.search(value.text()):
+                    raise ValueError(f'a message holds {found[0]}, but its content is text alone')
+            elif not isinstance(value, str) or column in ('messages', 'conversations'):
+                raise ValueError(f'{value!r:.40} in the column {column!r} is no text; the columns are {", ".join(row)}')
+            plain(value).encode()  # raises for half of a surrogate pair
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from error
+        if value:
+            yield value, True
 
 
 PIECE = 2 ** 20  # characters that are tokenised together
 DIVIDER = re.compile(r'^<\|endoftext\|>[ \t]*(?:\n|\Z)', re.MULTILINE)
-SEAM = re.compile(r'(?<=[A-Za-z])(?= [A-Za-z])')  # no token of any tokenizer here spans this position
+SEAM = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S)(?= )')  # no token of any tokenizer here spans this position
 
 
-def text_file(rows):
-    """Yield the pieces of a text file, given its lines: one document, unless lines of <|endoftext|> divide it."""
-    text, divided = '', False  # text: of the current document, not yielded yet
-    for batch in rows.iter(batch_size=5000):
-        *ended, text = DIVIDER.split(text + ''.join(batch['text']))
-        for document in ended:
-            divided = True
-            if document.strip('\n'):
-                yield document.strip('\n'), True
-        while len(text) > 2 * PIECE:
-            seam = SEAM.search(text, PIECE, PIECE + 2 ** 16)
-            cut = seam.start() if seam else PIECE
-            yield text[:cut], False
-            text = text[cut:]
-    text = text.strip('\n') if divided else text
-    if text:
-        yield text, True
+def text_file(blocks):
+    """Yield the pieces of a text file, given blocks of whole lines: one document, unless <|endoftext|> divides it."""
+    text, searched, begun, divided = '', PIECE, False, False  # text: not yielded yet; no seam is before `searched`
+    for block in itertools.chain(blocks, [None]):
+        *ended, rest = DIVIDER.split(block.replace('\r\n', '\n').replace('\r', '\n')) if block else ('', '')
+        for ending in ended:
+            text += ending
+            if divided := divided or bool(block):
+                text = text.rstrip('\n') if begun else text.strip('\n')
+            if text or begun:
+                yield text, True
+            text, searched, begun = '', PIECE, False
+        text += rest
+        start = 0
+        while len(text) - start > 2 * PIECE and (seam := SEAM.search(text, searched)):
+            yield text[start:seam.start()], False
+            start, searched, begun = seam.start(), seam.start() + PIECE, True
+        text, searched = text[start:], (len(text) if len(text) - start > 2 * PIECE else searched) - start
 
 
 # --- chats, in the harmony format of gpt-oss: https://github.com/openai/harmony ---
 HARMONY = '<|start|>', '<|message|>', '<|channel|>', '<|end|>', '<|return|>', '<|call|>'
 ROLES, CHANNELS = ('system', 'developer', 'user', 'assistant'), ('analysis', 'commentary', 'final')
+FIELDS = dict(role='role', content='content', value='content', channel='channel', weight='weight', train='weight',
+              thinking='thinking', reasoning_content='thinking', reasoning='thinking') | {'from': 'role'}
+EMPTY = None, '', [], {}
+SPECIAL = re.compile(r'<\|(?:start|message|channel|constrain|end|return|call|startoftext|endoftext)\|>')
 SYSTEM = ('You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n\nReasoning: {}\n\n'
           '# Valid channels: analysis, commentary, final. Channel must be included for every message.')
 
@@ -217,23 +311,34 @@ class Chat:
     """A conversation as .parts [(role, channel, text)], from messages {role, content} as chat APIs have them.
 
     A message of the assistant can have its reasoning in `thinking`, or a `channel`: analysis, commentary or final.
+    The parts whose indices are in .context, those of messages with weight 0, are not trained on.
     """
 
     def __init__(self, messages):
-        self.parts = []
+        self.parts, self.context = [], set()
         for number, message in enumerate(messages, 1):
-            fields = message if isinstance(message, dict) else {}
-            role, text, channel = fields.get('role'), fields.get('content'), fields.get('channel')
-            thinking, tool = fields.get('thinking'), fields.get('tool_calls') or fields.get('recipient')
+            fields = {}
+            for key, value in message.items() if isinstance(message, dict) else ():
+                if value not in EMPTY or value == '' and FIELDS.get(key) == 'content':
+                    if key not in FIELDS or fields.setdefault(FIELDS[key], value) != value:
+                        raise ValueError(f'message {number} has {key!r}: {value!r:.100}, which is unknown or differs '
+                                         f'from another name of the field; known are {", ".join(FIELDS)}')
+            role, text, thinking = fields.get('role'), fields.get('content'), fields.get('thinking')
+            channel, weight = fields.get('channel'), fields.get('weight')
+            role = dict(human='user', gpt='assistant').get(str(role), role)  # ShareGPT's names
             if (role not in ROLES or not isinstance(text, str) or not isinstance(thinking, str | None)
-                    or channel not in (None, '', *CHANNELS) or tool):
+                    or channel not in (None, *CHANNELS) or weight not in (None, 0, 1)
+                    or role != 'assistant' and (channel or thinking or weight)):
                 raise ValueError(f'message {number} is {message!r:.200}; it needs a role ({", ".join(ROLES)}) and '
-                                 f'content that is text, can have a channel ({", ".join(CHANNELS)}), calls no tool')
+                                 f'content that is text; the assistant can have a channel ({", ".join(CHANNELS)}), '
+                                 'thinking that is text, and a weight of 0 or 1')
             if role in ('system', 'developer'):
                 role, text = 'developer', f'# Instructions\n\n{text}'  # the system message of harmony is SYSTEM
-            if role == 'assistant' and thinking:
+            begin = len(self.parts)
+            if thinking:
                 self.parts.append((role, 'analysis', thinking))
             self.parts.append((role, (channel or 'final') if role == 'assistant' else '', text))
+            self.context.update(range(begin, len(self.parts)) if weight == 0 else ())
 
     def text(self):
         """All characters of the conversation, to train a tokenizer on."""
@@ -252,10 +357,14 @@ class Chat:
                 begin = end
             elif channel == 'final':
                 seen.parts = self.parts[:begin]
-                prompt, header = seen.prompt(encoder), render(encoder, [('assistant', '', None)])
-                answer = render(encoder, self.parts[begin:end])[len(header):]
-                answer[-1] = encoder.encode_single_token('<|return|>')
-                yield prompt + answer, [0] * len(prompt) + [1] * len(answer)
+                tokens, skip = seen.prompt(encoder), len(render(encoder, [('assistant', '', None)]))
+                mask = [0] * len(tokens)
+                for i in range(begin, end):
+                    part = render(encoder, self.parts[i:i + 1])[skip:]  # the prompt ends with the first header
+                    tokens, mask, skip = tokens + part, mask + [int(i not in self.context)] * len(part), 0
+                tokens[-1] = encoder.encode_single_token('<|return|>')
+                if any(mask):
+                    yield tokens, mask
                 begin = end
 
 
@@ -267,8 +376,7 @@ def render(encoder, parts):
         if channel:
             tokens += [special('<|channel|>'), *encoder.encode_ordinary(channel)]
         if text is not None:
-            check_characters(encoder, text)
-            tokens += [special('<|message|>'), *encoder.encode_ordinary(text), special('<|end|>')]
+            tokens += [special('<|message|>'), *encode_text(encoder, text), special('<|end|>')]
     return tokens
 
 
@@ -279,6 +387,7 @@ def plain(document):
 # --- tokenizers, each a tiktoken.Encoding ---
 END = '<|endoftext|>'
 PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
+UNBROKEN = re.compile(r'([^\W\d_]{1024}|(?:[^\w\s]|_){1024}|\s{1024})')
 
 
 def encoding(name, ranks=None, special=(END,)):
@@ -321,10 +430,28 @@ def check_characters(encoder, text):
         raise ValueError(f'the char tokenizer has no {", ".join(map(repr, sorted(unknown)))}; use bpe or byte')
 
 
+RUN = 2 ** 16  # characters
+
+
+def encode_text(encoder, text):
+    """Token ids of a text. Special tokens in it are encoded as letters."""
+    check_characters(encoder, text)
+    if not any(text[i:i + RUN].isspace() for i in range(0, len(text) - RUN + 1, RUN)):
+        return encoder.encode_ordinary(text)
+    # The regular expressions of tiktoken overflow their stack in long runs of white space, those of tokenizers do not.
+    from tokenizers import Regex, pre_tokenizers
+    pattern = re.sub(r'([+*?]|\{\d+,?\d*\})\+', r'\1', encoder._pat_str.replace('++$', r'+\z'))  # as in an export
+    split = pre_tokenizers.Split(Regex(pattern), 'isolated')
+    pieces = (encoder._encode_single_piece(piece) for piece, _ in split.pre_tokenize_str(text))
+    return list(itertools.chain.from_iterable(pieces))
+
+
 def encode_prompt(encoder, text):
-    """Token ids of a prompt. Special tokens in it, such as <|endoftext|>, are encoded as special tokens."""
-    check_characters(encoder, re.sub('|'.join(map(re.escape, encoder.special_tokens_set)), '', text))
-    return encoder.encode(text, allowed_special='all')
+    """Token ids of a text. Special tokens in it, such as <|endoftext|>, are encoded as special tokens."""
+    special = encoder.special_tokens_set
+    parts = re.split(f'({"|".join(map(re.escape, special))})', text)
+    ids = ([encoder.encode_single_token(part)] if part in special else encode_text(encoder, part) for part in parts)
+    return list(itertools.chain.from_iterable(ids))
 
 
 def byte_characters():
@@ -345,7 +472,9 @@ def train_tokenizer(texts):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERNS['bpe']), 'isolated'),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
+    # Merging takes quadratic time in a run without a boundary, so long ones are cut. Ordinary text has none.
+    parts = itertools.chain.from_iterable(map(UNBROKEN.split, texts))
+    bpe.train_from_iterator(parts, trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     byte_of = {character: byte for byte, character in byte_characters().items()}
     for left, right in json.loads(bpe.to_str())['model']['merges']:
@@ -372,19 +501,20 @@ def divide(source, chats):
 
 
 def encode(batch, encoder, dtype):
-    """Yield (split, ends, token ids, mask, bytes) of pieces. The mask of a text is empty; a chat has targets' bytes."""
+    """Yield (split, ends, token ids, mask, bytes, spelled) of pieces. A text has no mask; a chat has targets' bytes."""
+    as_tokens = encoder.special_tokens_set if special_tokens else ()
     for split, text, ends in batch:
         if isinstance(text, Chat):
-            tokens, mask, size = [], [], 0
+            tokens, mask, size, spelled = [], [], 0, 0
             for ids, targets in text.examples(encoder):
                 tokens += [*ids, encoder.eot_token]
                 mask += [*targets, 0]
                 size += len(encoder.decode_bytes(list(itertools.compress(ids, targets))))
         else:
-            check_characters(encoder, text)
-            tokens = encoder.encode_ordinary(text) + [encoder.eot_token] * ends
+            tokens = (encode_prompt if special_tokens else encode_text)(encoder, text) + [encoder.eot_token] * ends
             mask, size = [], len(text.encode())
-        yield split, ends, np.array(tokens, dtype), bytes(mask), size
+            spelled = sum(token not in as_tokens for token in SPECIAL.findall(text))
+        yield split, ends, np.array(tokens, dtype), bytes(mask), size, spelled
 
 
 def encoded(pieces, encoder, dtype, chats):
@@ -413,15 +543,18 @@ def write_data(folder, pieces, encoder, chats):
                 eot_token=encoder.eot_token, dtype=dtype.name)
     meta |= {f'{split}_{what}': 0 for split in ('train', 'val') for what in ('tokens', 'bytes', 'documents')}
     meta |= dict(train_targets=0, val_targets=0) if chats else {}
+    meta['spelled_special_tokens'] = 0
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as new, ExitStack() as stack:
         new, names = Path(new), ['train', 'val', 'train_mask', 'val_mask'] if chats else ['train', 'val']
         bins = {name: stack.enter_context(open(new / f'{name}.bin', 'wb')) for name in names}
-        for split, ends, tokens, mask, size in tqdm(encoded(pieces, encoder, dtype, chats), 'tokenising', leave=False):
+        rows = tqdm(encoded(pieces, encoder, dtype, chats), 'tokenising', leave=False)
+        for split, ends, tokens, mask, size, spelled in rows:
             bins[split].write(tokens)
             meta[f'{split}_tokens'] += len(tokens)
             meta[f'{split}_bytes'] += size
             meta[f'{split}_documents'] += ends
+            meta['spelled_special_tokens'] += spelled
             if chats:
                 bins[f'{split}_mask'].write(mask)
                 meta[f'{split}_targets'] += sum(mask)
@@ -464,13 +597,16 @@ def main():
     if not encoder:  # it is trained on the corpus
         texts = (plain(text) for source in sources.values() for text, _ in pieces_of(source))
         ranks = train_tokenizer(tqdm(texts, 'reading', leave=False))
-        encoder = encoding(tokenizer, ranks, (END, *HARMONY) if chats else (END,))
+        encoder = encoding(tokenizer, ranks, (END, *HARMONY) if chats or special_tokens else (END,))
     pieces = ((split, *piece) for split in sources for piece in pieces_of(sources[split]))
     if 'val' not in sources:
         pieces = divide(sources['train'], chats)
-    name = Path(dataset if '://' in dataset else dataset.partition(':')[0]).stem
+    name = Path(dataset if Path(dataset).suffix in KINDS else dataset.partition(':')[0]).stem
     folder = Path(data_dir or Path('data') / (name.replace('*', '') or 'text'))
     meta = write_data(folder, pieces, encoder, chats)
+    if number := meta['spelled_special_tokens']:
+        hint = f'{encoder.name} does not have them' if special_tokens else '--special_tokens=True reads them as tokens'
+        print(f'{number:,} spellings of special tokens, such as {END}, were read as letters; {hint}')
     print(f'{folder}: {meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} validation tokens')
 
 

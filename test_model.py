@@ -28,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -946,15 +947,14 @@ def test_pieces_change_nothing(monkeypatch):
     text = ''.join(story for story, _ in prepare.builtin_stories(0.3, 0)) + "it's  a test... 12345 words\n\n\tdone"
     lines = text.splitlines(keepends=True)
     monkeypatch.setattr(prepare, 'PIECE', 1000)
-    batches = [dict(text=lines[i:i + 50]) for i in range(0, len(lines), 50)]
-    pieces, ends = zip(*prepare.text_file(SimpleNamespace(iter=lambda batch_size: batches)))
+    pieces, ends = zip(*prepare.text_file(''.join(lines[i:i + 50]) for i in range(0, len(lines), 50)))
     assert len(pieces) > 100 and ''.join(pieces) == text and ends.index(True) == len(pieces) - 1
     for encoder in map(tiktoken.get_encoding, ('o200k_harmony', 'gpt2')):
         assert sum(map(encoder.encode_ordinary, pieces), []) == encoder.encode_ordinary(text)
 
 
 CHATS = [
-    [dict(role='system', content='Be brief.'), dict(role='user', content='Hi <|end|> there'),
+    [dict(role='system', content='Be brief.'), dict(role='user', content='Hi <| end |> there'),
      dict(role='assistant', thinking='A greeting.', content='Hello!'), dict(role='user', content='Bye'),
      dict(role='assistant', channel='analysis', content='They go.'), dict(role='assistant', content='Farewell!')],
     [dict(role='user', content='1 + 1?'), dict(role='assistant', content='2')]] * 6
@@ -984,8 +984,8 @@ def test_chat_masks(tokenizer, tmp_path):
         prompt, document = prepare.Chat(seen).prompt(encoder), tokens[start:end].tolist()
         assert document[:len(prompt)] == prompt and encoder.decode(document[len(prompt):]) == answer
         assert mask[start:end].tolist() == [0] * len(prompt) + [1] * (len(document) - len(prompt))
-    # what a user wrote is text, even where it looks like a special token
-    assert (tokens == encoder.encode_single_token('<|end|>')).sum() == 6 * (4 + 6 + 2)
+    hostile = prepare.Chat([dict(role='user', content='<|end|>')])  # is text where a user writes it to sample.py
+    assert hostile.prompt(encoder).count(encoder.encode_single_token('<|end|>')) == 2
     assert meta['train_bytes'] + meta['val_bytes'] == sum(len(answer) for _, answer in turns)
     theirs, chat = exported_tokenizer(folder, encoder), [CHATS[0][0], *CHATS[1], *CHATS[0][3:]]
     found = theirs.apply_chat_template(chat, add_generation_prompt=True, reasoning_effort='high', return_dict=False)
@@ -1016,6 +1016,139 @@ def test_harmony(tmp_path, monkeypatch):
             (tokens, _), = prepare.Chat(chat).examples(encoder)
             assert tokens == theirs.render_conversation_for_training(harmony.Conversation.from_messages(messages))
     assert set(prepare.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
+
+
+def prepared(file, content, *flags, tokenizer='byte'):
+    """The documents that prepare.py makes of a file with this content (text, rows or None: the file is there)."""
+    if isinstance(content, list):
+        content = ''.join(json.dumps(row) + '\n' for row in content)
+    if content is not None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    ran('prepare.py', f'--dataset={file}', f'--tokenizer={tokenizer}', f'--data_dir={file.parent}/data', *flags)
+    _, encoder, tokens = read_data(file.parent / 'data')
+    return encoder.decode(tokens['train'] + tokens['val']).split('<|endoftext|>')[:-1]
+
+
+def test_rows_as_they_stand(tmp_path):
+    """Only the column in use is read, and as text: other columns may change their type, and cells are not numbers."""
+    texts = ['007', '1e5', 'True', 'NA', 'null', '2020-01-01', 'a, "b"\nc', 'x' * 200_000, '\u2028', *'abcd']
+    rows = [dict(text=text, meta=None if i < 9 else {'a': i}, id=i if i < 9 else f'a{i}') for i, text in
+            enumerate(texts)] + [dict(text='late', thinking='x')]
+    assert prepared(tmp_path / 'a.jsonl', rows) == prepared(tmp_path / 'b.json', rows) == [*texts, 'late']
+    assert prepared(tmp_path / 'c.json', json.dumps(rows, indent=1)) == [*texts, 'late']
+    cells = ('"' + text.replace('"', '""') + '"' if text.startswith('a,') else text for text in texts)
+    assert prepared(tmp_path / 'd.csv', '\ufefftext,n\n' + ''.join(f'{cell},1\n' for cell in cells)) == texts
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.jsonl', '{"text": "a"}\n\n{"text": "b",\n{"text": "c"}\n', 'line 3'), ('a.jsonl', '{"text": 7}', 'line 1'),
+    ('a.json', '[\n{"text": "a"},\n{"text": }]', 'line 3'), ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', 'line 2'),
+    ('a.jsonl', '{"text": "a"}\n{"text": "\\ud800"}\n', 'line 2'), ('a.jsonl', '{"text": "a"}\n5\n', 'line 2'),
+    ('a.csv', 'n,text\n1,a\n2,b,c\n', 'line 3'), ('a.csv', 'n,text\n1,a\n2\n', 'line 3'),
+    ('a.csv', 'text\n"a\n', 'line 2'),
+    ('a.txt', 'hello'.encode('utf-16'), 'iconv -f utf-16 -t utf-8'),
+    ('a.csv', 'text\nhello\n'.encode('utf-16-be'), 'iconv -f utf-16 -t utf-8')])
+def test_bad_rows(name, content, words, tmp_path):
+    with pytest.raises(AssertionError, match=rf'a\.\w+ cannot be read .*{words}'):
+        prepared(tmp_path / name, content)
+
+
+def message(**fields):
+    return [dict(messages=[dict(role='user', content='q'), dict(role='assistant', content='a') | fields])] * 3
+
+
+def test_message_fields(tmp_path):
+    """Synonyms are obeyed, empty fields pass, an answer of weight 0 is context, and anything else is refused."""
+    expected = prepared(tmp_path / 'a.jsonl', message(thinking='T'))
+    assert expected[0].endswith('<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>a'
+                                '<|return|>')
+    empty = dict(tool_calls=[], name=None, audio='', more={})
+    for fields in (dict(reasoning_content='T'), dict(reasoning='T', thinking='T', train=True, **empty)):
+        assert prepared(tmp_path / 'a.jsonl', message(**fields)) == expected
+    for fields, words in ((dict(thinkng='T'), 'thinkng'), (dict(reasoning='T', thinking='U'), 'differs'),
+                          (dict(tool_calls=[1]), 'tool_calls'), (dict(weight=0.5), 'weight'),
+                          (dict(role='user', thinking='T'), 'thinking'), (dict(content='<|channel|>x'), 'channel'),
+                          (dict(thinking='<|end|>'), 'end')):
+        with pytest.raises(AssertionError, match=f'line 1.*{words}'):
+            prepared(tmp_path / 'a.jsonl', message(**fields))
+    for bad in (dict(weight=0), dict(train=False)):
+        chat = [dict(messages=[*message(**bad)[0]['messages'], *message(content='b')[0]['messages']])] * 3
+        first, *_ = prepared(tmp_path / 'a.jsonl', chat)
+        assert len(_) == 2 and '<|message|>a<|end|>' in first and first.endswith('<|message|>b<|return|>')
+    share = [{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]
+    same = [dict(role=role, content=text) for role, text in (('system', 's'), ('user', 'q'), ('assistant', 'a'))]
+    assert prepared(tmp_path / 'a.jsonl', [dict(conversations=share)] * 3) == prepared(
+        tmp_path / 'b.jsonl', [dict(messages=same)] * 3)
+    alpaca = prepared(tmp_path / 'a.json', [dict(instruction='I', input='', output='O')] * 2
+                      + [dict(instruction='I', input='N', output='O')])
+    assert '<|message|>I<|end|>' in alpaca[0] and '<|message|>I\n\nN<|end|>' in alpaca[2]
+
+
+def test_names_that_look_like_patterns(tmp_path):
+    """A path that exists is that file. All matches of a glob are read."""
+    for name in ('report 1.txt', 'report [1].txt', 'star.txt', 'star*.txt', 'a::b.txt'):
+        assert prepared(tmp_path / name, f'this is {name}') == [f'this is {name}']
+    assert len(prepared(tmp_path / '*.txt', None)) == 5
+    prepared(tmp_path / 'd 1/x.txt', 'the other folder')
+    assert prepared(tmp_path / 'd [1]/x.txt', 'this folder') == ['this folder']
+    assert prepared(tmp_path / 'd [1]/*.txt', None) == ['this folder']
+
+
+@needs_vocabulary
+@pytest.mark.parametrize('run', ' \t\n\u3000x')
+def test_long_runs(run, tmp_path):
+    """Runs beyond the limit of tiktoken's regular expressions are encoded, in data and in a prompt."""
+    text = 'a b' + run * 1_000_001 + 'c d'
+    assert prepared(tmp_path / 'a.jsonl', [dict(text=text)] * 2, tokenizer='gpt2') == [text] * 2
+    encoder = tiktoken.get_encoding('gpt2')
+    assert encoder.decode(prepare.encode_prompt(encoder, text + '<|endoftext|>')) == text + '<|endoftext|>'
+
+
+@needs_vocabulary
+def test_long_runs_exactly(monkeypatch):
+    """The way taken for long runs gives the tokens of tiktoken."""
+    monkeypatch.setattr(prepare, 'RUN', 4)
+    rng = random.Random(0)
+    parts = ['a', 'B', 'é', '日', '12', ' ', '  ', '\n', '\n\n', '\t', '!', '/', "'s", '_', '\u3000', '<|endoftext|>']
+    for encoder in map(tiktoken.get_encoding, ('gpt2', 'o200k_harmony')):
+        for _ in range(100):
+            text = rng.choice(' \t\n\u3000') * 20
+            text = ''.join(rng.choices(parts, k=40)) + text + ''.join(rng.choices(parts, k=40))
+            assert prepare.encode_text(encoder, text) == encoder.encode_ordinary(text)
+            assert prepare.encode_prompt(encoder, text) == encoder.encode(text, allowed_special='all')
+
+
+def test_bpe_on_long_runs(tmp_path, monkeypatch):
+    """A run without a boundary takes linear time. Ordinary text has the merges that it has without cuts."""
+    prepared(tmp_path / 'dna.txt', ''.join(random.Random(0).choices('ACGT', k=400_000)), tokenizer='bpe')
+    monkeypatch.setattr(prepare, 'tokenizer', 'bpe')
+    texts = [story for story, _ in prepare.builtin_stories(0.5, 1)]
+    ranks = prepare.train_tokenizer(texts)
+    monkeypatch.setattr(prepare, 'UNBROKEN', re.compile('(?!)'))
+    assert prepare.train_tokenizer(texts) == ranks
+
+
+def test_short_lines():
+    """Reading many short lines takes time in proportion to their characters."""
+    seconds = {}
+    for name, line in (('short', 'ab\n'), ('long', 'ab ' * 3000 + '\n')):
+        blocks = [line * (2 ** 20 // len(line))] * 8
+        began = time.perf_counter()
+        assert ''.join(text for text, _ in prepare.text_file(blocks)) == ''.join(blocks)
+        seconds[name] = time.perf_counter() - began
+    assert seconds['short'] < 2 * seconds['long'] + 0.5
+
+
+def test_spelled_special_tokens(tmp_path):
+    """In a text, special tokens are letters, which a line counts, unless special_tokens=True."""
+    file, flags = tmp_path / 'a.jsonl', ['--tokenizer=byte', f'--data_dir={tmp_path}/data']
+    file.write_text('{"text": "<|start|>user<|message|>hi <|endoftext|> there"}\n' * 12)
+    assert '36 spellings' in ran('prepare.py', f'--dataset={file}', *flags)
+    assert len(read_data(tmp_path / 'data')[2]['train']) > 200
+    assert 'spellings' not in ran('prepare.py', f'--dataset={file}', *flags, '--special_tokens=True')
+    meta, encoder, tokens = read_data(tmp_path / 'data')
+    assert (tokens['train'] + tokens['val']).count(encoder.encode_single_token('<|start|>')) == 12
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -1380,10 +1513,10 @@ BAD_INPUT = [
     ('prepare.py', '--dataset=nothing.txt', 'nothing.txt'),
     ('prepare.py', '--dataset=binary.txt', 'binary.txt', 'Unicode'),
     ('prepare.py', '--dataset=x.docx', 'x.docx', '.jsonl'), ('prepare.py', '--dataset=broken.jsonl', 'broken.jsonl'),
-    ('prepare.py', '--dataset=half.jsonl', 'half.jsonl', 'row 3', 'body'), ('prepare.py', '--val_fraction=1.5', '1.5'),
+    ('prepare.py', '--dataset=half.jsonl', 'half.jsonl', 'line 4', 'body'), ('prepare.py', '--val_fraction=1.5', '1.5'),
     ('prepare.py', '--tokenizer=gtp2', 'gtp2', 'gpt2'),
     ('prepare.py', '--tokenizer=bpe --vocab_size=100', '100', '257'),
-    ('prepare.py', '--dataset=unanswered.jsonl', 'row 0', 'final'),
+    ('prepare.py', '--dataset=unanswered.jsonl', 'line 1', 'final'),
     ('prepare.py', '--dataset=robot.jsonl', 'message 2', 'robot'), ('prepare.py', '--dataset=loud.jsonl', 'loud'),
     ('sample.py', '--start=QUICK', "'C', 'I'"), ('sample.py', '--start=FILE:none.txt', 'none.txt'),
     ('sample.py', '--temperature=-1', 'temperature', '-1'), ('sample.py', '--top_k=-1', 'top_k', '-1'),
