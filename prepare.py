@@ -602,7 +602,8 @@ def main():
     if 'val' not in sources:
         pieces = divide(sources['train'], chats)
     name = Path(dataset if Path(dataset).suffix in KINDS else dataset.partition(':')[0]).stem
-    folder = Path(data_dir or Path('data') / (name.replace('*', '') or 'text'))
+    name = name.replace('*', '') or Path(dataset).parent.name or 'text'  # news/*.txt becomes data/news
+    folder = Path(data_dir or Path('data') / name)
     meta = write_data(folder, pieces, encoder, chats)
     if number := meta['spelled_special_tokens']:
         hint = f'{encoder.name} does not have them' if special_tokens else '--special_tokens=True reads them as tokens'
