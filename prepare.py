@@ -23,7 +23,7 @@ import random
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -548,8 +548,9 @@ def write_data(folder, pieces, encoder, chats):
     with tempfile.TemporaryDirectory(dir=folder) as new, ExitStack() as stack:
         new, names = Path(new), ['train', 'val', 'train_mask', 'val_mask'] if chats else ['train', 'val']
         bins = {name: stack.enter_context(open(new / f'{name}.bin', 'wb')) for name in names}
-        rows = tqdm(encoded(pieces, encoder, dtype, chats), 'tokenising', leave=False)
-        for split, ends, tokens, mask, size, spelled in rows:
+        # closed in this thread, even where writing fails, because it waits for its own threads
+        rows = stack.enter_context(closing(encoded(pieces, encoder, dtype, chats)))
+        for split, ends, tokens, mask, size, spelled in tqdm(rows, 'tokenising', leave=False):
             bins[split].write(tokens)
             meta[f'{split}_tokens'] += len(tokens)
             meta[f'{split}_bytes'] += size
