@@ -232,8 +232,7 @@ class KVCache:
     def update(self, k, v):
         """Store k and v (B, T, KV, hd) of the next T tokens. Only the last `size` tokens are kept."""
         size, T = self.k.size(2), k.size(1)
-        positions = self.position if T == 1 else (self.position + torch.arange(T, device=k.device))[-size:]
-        slots = positions % size
+        slots = (self.position + torch.arange(T, device=k.device))[-size:] % size
         self.k.index_copy_(2, slots, k[:, -size:].transpose(1, 2))
         self.v.index_copy_(2, slots, v[:, -size:].transpose(1, 2))
         self.position += T
@@ -284,8 +283,8 @@ def swiglu(gate_up, limit):
 
 def grouped_linear(x, w, b, member):
     """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) -> (M, out). member (M, E): True where a
-    row belongs to an expert. One CUDA kernel for all experts, which does not wait for the number of rows of each (sm90
-    and newer; others do). It needs bf16 and widths in multiples of 8."""
+    row belongs to an expert. One CUDA kernel for all experts. On sm90 and newer it does not wait for the number of rows
+    of each; older GPUs do. It needs bf16 and widths in multiples of 8."""
     y = F.grouped_mm(x, w.to(x.dtype).mT, offs=member.sum(0).cumsum(0).to(torch.int32))
     return torch.addmm(y, member.to(x.dtype), b.to(x.dtype))  # b[expert] would add its gradients by atomics
 

@@ -1407,7 +1407,7 @@ def test_long_chats(tmp_path):
     refused(run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/0', *flags, '--block_size=99'), f'={longest}')
 
 
-def test_other_data(fox, chats, tmp_path):
+def test_other_data(fox, tmp_path):
     """A run does not continue on data that has changed, unless --data_dir names it."""
     data = shutil.copytree(fox / 'data', tmp_path / 'data')
     ran('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1')

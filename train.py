@@ -108,7 +108,7 @@ def say(message):
 
 @contextmanager
 def one_line_errors():
-    """End with one line where files do not fit, the disk is full, memory is exhausted or another process ended."""
+    """End with one line when a file is unsuitable, the disk or memory is full, or another process ended."""
     try:
         yield
     except ValueError as error:
