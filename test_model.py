@@ -1143,7 +1143,10 @@ def test_message_fields(tmp_path):
     for fields, words in ((dict(thinkng='T'), 'thinkng'), (dict(reasoning='T', thinking='U'), 'differs'),
                           (dict(tool_calls=[1]), 'tool_calls'), (dict(weight=0.5), 'weight'),
                           (dict(role='user', thinking='T'), 'thinking'), (dict(content='<|channel|>x'), 'channel'),
-                          (dict(thinking='<|end|>'), 'end')):
+                          (dict(thinking='<|end|>'), 'end'), (dict(role='tool'), 'answers no call'),
+                          (dict(role='critic'), 'role'), (dict(channel='secret'), 'channel'), (dict(content=7), 'text'),
+                          (dict(tool_calls=[dict(name='now')]), 'no arguments'), (dict(content=None), 'text'),
+                          (dict(tool_calls=[dict(name='now', arguments='{}')], thinking='T'), 'only text beside')):
         with pytest.raises(AssertionError, match=f'line 1.*{words}'):
             prepared(tmp_path / 'a.jsonl', message(**fields))
     for bad in (dict(weight=0), dict(train=False)):
@@ -1157,6 +1160,20 @@ def test_message_fields(tmp_path):
     alpaca = prepared(tmp_path / 'a.json', [dict(instruction='I', input='', output='O')] * 2
                       + [dict(instruction='I', input='N', output='O')])
     assert '<|message|>I<|end|>' in alpaca[0] and '<|message|>I\n\nN<|end|>' in alpaca[2]
+
+
+def test_columns_of_tools(tmp_path):
+    """Tools are objects or JSON. Parquet gives objects the keys of all others, which must not become arguments."""
+    import pyarrow
+    from pyarrow import parquet
+    rows = [dict(messages=message()[0]['messages'], tools=[dict(type='function', function=dict(
+        name='f', description='', parameters=dict(type='object', properties={key: dict(type='string')})))])
+            for key in ('one', 'two', 'three')]
+    expected = prepared(tmp_path / 'a.jsonl', rows)
+    assert 'type f = (_: {\ntwo?: string,\n}) => any;' in expected[1]
+    assert prepared(tmp_path / 'b.jsonl', [row | dict(tools=json.dumps(row['tools'])) for row in rows]) == expected
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'c.parquet')
+    assert prepared(tmp_path / 'c.parquet', None) == expected
 
 
 def test_names_that_look_like_patterns(tmp_path):
@@ -1499,6 +1516,26 @@ def test_chat_beyond_the_context(chats):
         chat_with('red\ngreen\nyellow\n', f'--out_dir={chats}/out', '--system=Be brief.', '--context=20')
     assert all(messages[0] == dict(role='system', content='Be brief.') for messages in prompts)
     assert [message['content'] for message in prompts[-1] if message['role'] == 'user'] == ['yellow']
+
+
+def test_chat_with_tools(monkeypatch, tmp_path, capsys):
+    """A call of a function ends the answer, and the next line of input is its result."""
+    (tmp_path / 'tools.json').write_text(json.dumps(TOOLS))
+    encoder, prompts = prepare.encoding('byte', {bytes([i]): i for i in range(256)}, (prepare.END, *prepare.HARMONY)), []
+    written = iter((' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>',
+                    '<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>'))
+
+    def answer(prompt):
+        prompts.append(encoder.decode(prompt))
+        return iter(prepare.encode_prompt(encoder, next(written))[:-1])
+
+    monkeypatch.setattr(sample, 'tools', str(tmp_path / 'tools.json'))
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Find a.\nIt is here.\n'))
+    sample.converse(answer, encoder, 10_000)
+    assert capsys.readouterr().out == '[commentary to find]\n{"what":"a"}\n[analysis]\nHm.\n[final]\na\n'
+    assert 'type find = ' in prompts[0] and prompts[1] == prompts[0] + (
+        ' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>'
+        '<|start|>functions.find to=assistant<|channel|>commentary<|message|>It is here.<|end|><|start|>assistant')
 
 
 def test_adapted_chat(chats, tmp_path):
