@@ -1634,7 +1634,7 @@ BAD_INPUT = [
     ('prepare.py', '--dataset=half.jsonl', 'half.jsonl', 'line 4', 'body'), ('prepare.py', '--val_fraction=1.5', '1.5'),
     ('prepare.py', '--tokenizer=gtp2', 'gtp2', 'gpt2'),
     ('prepare.py', '--tokenizer=bpe --vocab_size=100', '100', '257'),
-    ('prepare.py', '--dataset=unanswered.jsonl', 'line 1', 'final'),
+    ('prepare.py', '--dataset=unanswered.jsonl', 'line 1', 'no answer'),
     ('prepare.py', '--dataset=robot.jsonl', 'message 2', 'robot'), ('prepare.py', '--dataset=loud.jsonl', 'loud'),
     ('sample.py', '--start=QUICK', "'C', 'I'"), ('sample.py', '--start=FILE:none.txt', 'none.txt'),
     ('sample.py', '--temperature=-1', 'temperature', '-1'), ('sample.py', '--top_k=-1', 'top_k', '-1'),
