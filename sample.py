@@ -24,8 +24,7 @@ import tiktoken
 import torch
 
 from model import GPT, GPTConfig, find_checkpoint, read_json, write_json
-from prepare import (END, HARMONY, PATTERNS, SYSTEM, Chat, byte_characters, encode_prompt, encoding, load_tokenizer,
-                     reading, stop_tokens)
+from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, encoding, load_tokenizer, reading
 
 # -----------------------------------------------------------------------------
 # the model
@@ -48,6 +47,7 @@ seed = 1337  # of the draws
 # chat
 chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
 system = ''  # instructions that come first
+tools = ''  # JSON file with a list of functions that the model can call
 reasoning_effort = 'medium'  # low, medium or high
 # export
 export = ''  # folder to write the model to, adapters merged, for transformers and others; dtype auto is bfloat16
@@ -86,6 +86,12 @@ def read_tokenizer(path):
 
 
 # --- text ---
+def stop_tokens(encoder):
+    """The tokens that end a continuation: end of text and, in a chat, the end of a turn or a call of a tool."""
+    return [encoder.encode_single_token(token) for token in (END, '<|return|>', '<|call|>')
+            if token in encoder.special_tokens_set]
+
+
 def show(encoder, tokens):
     """Print the text of tokens as they come, and return it. Bytes of an incomplete character wait for the next."""
     utf8, text = codecs.getincrementaldecoder('utf-8')('replace'), ''
@@ -100,13 +106,16 @@ def show(encoder, tokens):
 
 # --- chat ---
 def converse(answer, encoder, longest):
-    """Read messages and print the answers, each channel under its name, until the input ends. Where the chat has more
-    than `longest` tokens, its oldest turns are left out."""
+    """Read messages and print the answers, each channel under its name, until the input ends. After a call of a tool,
+    the next line is its result. Where the chat has more than `longest` tokens, its oldest turns are left out."""
     if missing := [token for token in HARMONY if token not in encoder.special_tokens_set]:
         config.fail(f'this model was not trained on chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
                     'one on data from python prepare.py --dataset=CHATS.jsonl')
-    message, channel, end = map(encoder.encode_single_token, ('<|message|>', '<|channel|>', '<|end|>'))
-    messages = [dict(role='system', content=system)] if system else []
+    message, end = map(encoder.encode_single_token, ('<|message|>', '<|end|>'))
+    messages, functions = [dict(role='system', content=system)] if system else [], None
+    if tools:
+        with reading(tools):
+            functions = json.loads(Path(tools).read_text(encoding='utf-8'))
     while True:
         try:
             line = input('> ' if sys.stdin.isatty() else '').strip()
@@ -114,43 +123,30 @@ def converse(answer, encoder, longest):
             return
         if not line:
             continue
-        messages.append(dict(role='user', content=line))
-        prompt, oldest = Chat(messages).prompt(encoder, reasoning_effort), len(messages[:1] if system else [])
+        messages.append(dict(role='tool' if messages and 'tool_calls' in messages[-1] else 'user', content=line))
+        prompt, oldest = Chat(messages, functions).prompt(encoder, reasoning_effort), int(bool(system))
         while len(prompt) > longest and len(users := [i for i, m in enumerate(messages) if m['role'] == 'user']) > 1:
             del messages[oldest:users[1]]
-            prompt = Chat(messages).prompt(encoder, reasoning_effort)
+            prompt = Chat(messages, functions).prompt(encoder, reasoning_effort)
             print(f'(the oldest turn is left out, because the model looks back {longest} tokens)', file=sys.stderr)
-        tokens = answer(prompt)
-        header = None  # tokens of the channel's name, while they come
+        tokens, header = answer(prompt), []  # header: what comes before the content of a message
         for token in tokens:
-            if token == channel:
-                header = []
-            elif token == message:
-                name, header = encoder.decode(header or []) or 'final', None
-                print(f'[{name}]')
-                text = show(encoder, itertools.takewhile(lambda token: token != end, tokens))
-                print()
-                if name in ('analysis', 'commentary', 'final'):
-                    messages.append(dict(role='assistant', channel=name, content=text))
-            elif header is not None:
-                header.append(token)
+            header.append(token)
+            if token != message:
+                continue
+            head, header = encoder.decode(header).rpartition('<|start|>')[2], []
+            channel = (re.findall(r'<\|channel\|>(\w+)', head) or ['final'])[0]
+            call = re.search(r' to=functions\.([\w.-]+)', head)
+            print(f'[{channel}{" to " + call[1] if call else ""}]')
+            text = show(encoder, itertools.takewhile(lambda token: token != end, tokens))
+            print()
+            if call:
+                messages.append(dict(role='assistant', tool_calls=[dict(name=call[1], arguments=text)]))
+            elif channel in ('analysis', 'commentary', 'final'):
+                messages.append(dict(role='assistant', channel=channel, content=text))
 
 
 # --- export ---
-# Chat.prompt as a template of transformers. A message has role and content, the assistant's also channel or thinking.
-CHAT_TEMPLATE = (
-    "{{- '<|start|>system<|message|>" + SYSTEM.format("' + (reasoning_effort or 'medium') + '").replace('\n', '\\n')
-    + "<|end|>' }}{%- for message in messages %}"
-    "{%- if message.role in ('system', 'developer') %}"
-    "{{- '<|start|>developer<|message|># Instructions\\n\\n' + message.content + '<|end|>' }}"
-    "{%- elif message.role == 'user' %}{{- '<|start|>user<|message|>' + message.content + '<|end|>' }}"
-    "{%- elif message.role == 'assistant' and message.channel != 'analysis' %}"
-    "{{- '<|start|>assistant<|channel|>' + (message.channel or 'final') + '<|message|>' }}{{- message.content }}"
-    "{{- '<|end|>' }}{%- elif message.role != 'assistant' %}{{- raise_exception('no role ' + message.role) }}"
-    "{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}")
-
-
 def tokenizer_json(encoder):
     """The tokenizer of the package tokenizers that equals an encoding of tiktoken."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -176,7 +172,8 @@ def write_tokenizer(encoder, folder):
     options = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, eos_token=END,
                    pad_token=END)
     if '<|start|>' in encoder.special_tokens_set:
-        options |= dict(eos_token='<|return|>', chat_template=CHAT_TEMPLATE)
+        options['eos_token'] = '<|return|>'
+        shutil.copy(config.ROOT / 'config/chat_template.jinja', folder)
     generation = dict(do_sample=True, eos_token_id=stop_tokens(encoder), pad_token_id=encoder.eot_token)
     ids = dict(eos_token_id=encoder.encode_single_token(options['eos_token']), pad_token_id=encoder.eot_token)
     write_json(folder / 'tokenizer_config.json', options)

@@ -972,10 +972,11 @@ def test_round_trip(tokenizer, tmp_path):
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == encoder.encode_ordinary(text)
         assert theirs.decode(encoder.encode_ordinary(text)) == text
     assert theirs.encode('a<|endoftext|>') == encoder.encode('a<|endoftext|>', allowed_special='all')
-    theirs.save_pretrained(tmp_path / 'theirs')
-    again = sample.read_tokenizer(tmp_path / 'theirs/tokenizer.json')
-    assert all(again.encode_ordinary(text) == encoder.encode_ordinary(text) for text in texts)
-    assert again.eot_token == encoder.eot_token and again.n_vocab == encoder.n_vocab
+    if tokenizer != 'o200k_harmony':  # a model of its size needs no file
+        theirs.save_pretrained(tmp_path / 'theirs')
+        again = sample.read_tokenizer(tmp_path / 'theirs/tokenizer.json')
+        assert all(again.encode_ordinary(text) == encoder.encode_ordinary(text) for text in texts)
+        assert again.eot_token == encoder.eot_token and again.n_vocab == encoder.n_vocab
 
 
 def exported_tokenizer(folder, encoder):
@@ -984,7 +985,7 @@ def exported_tokenizer(folder, encoder):
     make(vocab_size=encoder.n_vocab, hidden_size=4, num_hidden_layers=1).save_pretrained(folder)
     ran('sample.py', f'--init_from={folder}', f'--export={folder}/exported', '--device=cpu')
     stops = transformers.GenerationConfig.from_pretrained(folder / 'exported').eos_token_id
-    assert stops == prepare.stop_tokens(encoder)
+    assert stops == sample.stop_tokens(encoder)
     return transformers.AutoTokenizer.from_pretrained(folder / 'exported')
 
 
@@ -1080,30 +1081,103 @@ def test_chat_masks(tokenizer, tmp_path):
     assert found == prepare.Chat(chat).prompt(encoder, 'high')
 
 
+TOOLS = [
+    dict(type='function', function=dict(name='now', description='The time.\nIn UTC.')),
+    dict(name='find', description='', parameters=dict(type='object', required=['what', 'how'], properties=dict(
+        what=dict(type='string', description='Words', enum=['a', 'b'], default='a', title='What', examples=['a', 1]),
+        how=dict(description='How', default=3, oneOf=[
+            dict(type='string', description='How', nullable=True), dict(type='number', description='n', default='x')]),
+        items=dict(type='array', items=dict(type='object', description='Inner', properties=dict(
+            yes=dict(type='boolean', default=True), either=dict(type=['integer', 'null'])))),
+        some=dict(type='array', default=['x, y', 1]), rest=dict(anyOf=[]), none=dict(type='null', default=None)))),
+    dict(type='function', function=dict(name='other', description='One line', parameters={}))]
+
+
+def random_chat(rng):
+    """A conversation with reasoning, preambles, calls and results, and its tools."""
+    chat = [dict(role=role, content='Be brief.\nOr not.') for role in rng.choice([[], ['system'], ['developer']])]
+    tools = []
+    for turn in range(rng.randint(1, 4)):
+        chat.append(dict(role='user', content=f'Question {turn}?  <b> ü'))
+        for call in range(rng.choice([0, 0, 1, 2])):
+            tools, names = TOOLS, rng.sample(['now', 'find', 'other'], rng.choice([1, 1, 2]))
+            arguments = rng.choice(['{"what":"a"}', dict(what='ü', how=1)])
+            calls = [dict(type='function', id=f'{call}{name}', function=dict(name=name, arguments=arguments))
+                     for name in names]
+            chat.append(dict(role='assistant', content=rng.choice([None, 'I call.']), tool_calls=calls))
+            if rng.random() < 0.5 and not chat[-1]['content']:
+                chat[-1]['thinking'] = 'I need it.'
+            chat += [dict(role='tool', tool_call_id=f'{call}{name}', content=f'["{name}"]') for name in reversed(names)]
+        if rng.random() < 0.3:
+            chat.append(dict(role='assistant', channel='commentary', content='Wait.'))
+        chat.append(dict(role='assistant', content=f'Answer {turn}.') | rng.choice([{}, dict(reasoning_content='Hm.')]))
+    return chat, tools
+
+
+def harmony_parts(harmony, chat, tools, effort, training):
+    """What openai-harmony makes of a conversation, without the analysis before the last earlier final answer."""
+    message, role, parts, names = harmony.Message.from_role_and_content, harmony.Role, [], {}
+    system = harmony.SystemContent.new().with_reasoning_effort(harmony.ReasoningEffort(effort.title()))
+    developer = harmony.DeveloperContent.new()
+    if chat[0]['role'] in ('system', 'developer'):
+        developer, chat = developer.with_instructions(chat[0]['content']), chat[1:]
+    functions = [tool.get('function', tool) for tool in tools]
+    if tools:
+        developer = developer.with_function_tools([harmony.ToolDescription.new(
+            tool['name'], tool['description'], parameters=tool.get('parameters')) for tool in functions])
+    if developer.instructions or tools:
+        parts.append(message(role.DEVELOPER, developer))
+    for m in chat:
+        if m['role'] == 'tool':
+            author = harmony.Author.new(role.TOOL, f'functions.{names[m["tool_call_id"]]}')
+            result = harmony.Message.from_author_and_content(author, m['content'])
+            parts.append(result.with_channel('commentary').with_recipient('assistant'))
+            continue
+        calls = m.get('tool_calls', [])
+        if thought := m.get('thinking') or m.get('reasoning_content') or (m['content'] if calls else None):
+            parts.append(message(role.ASSISTANT, thought).with_channel('analysis'))
+        for call in calls:
+            function = call['function']
+            names[call['id']], arguments = function['name'], function['arguments']
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            part = message(role.ASSISTANT, arguments).with_channel('commentary').with_content_type('json')
+            parts.append(part.with_recipient(f'functions.{function["name"]}'))
+        if not calls:
+            parts.append(message(role(m['role']), m['content']))
+        if m['role'] == 'assistant' and not calls:
+            parts[-1] = parts[-1].with_channel(m.get('channel', 'final'))
+    last = max((i for i, part in enumerate(parts[:-1] if training else parts) if part.channel == 'final'), default=-1)
+    parts = [part for i, part in enumerate(parts) if part.channel != 'analysis' or i > last]
+    return harmony.Conversation.from_messages([message(role.SYSTEM, system), *parts])
+
+
 @needs_vocabulary
 def test_harmony(tmp_path, monkeypatch):
-    """Our rendering against openai-harmony's, token for token."""
+    """20 conversations, rendered by us and by the template of an export, against openai-harmony, token for token."""
     harmony, encoder = pytest.importorskip('openai_harmony'), tiktoken.get_encoding('o200k_harmony')
     table = (base64.b64encode(token) + b' %d' % rank for token, rank in encoder._mergeable_ranks.items())
     (tmp_path / 'o200k_base.tiktoken').write_bytes(b'\n'.join(table) + b'\n')
     monkeypatch.setenv('TIKTOKEN_ENCODINGS_BASE', str(tmp_path))
-    theirs, message = harmony.load_harmony_encoding('HarmonyGptOss'), harmony.Message.from_role_and_content
-    for chat, effort in ((CHATS[0], 'high'), (CHATS[0][:4], 'low'), (CHATS[1], 'medium'), (CHATS[0][1:2], 'medium')):
-        system = harmony.SystemContent.new().with_reasoning_effort(harmony.ReasoningEffort(effort.title()))
-        messages = [message(harmony.Role.SYSTEM, system)]
-        for role, channel, text in prepare.Chat(chat).parts:
-            if role == 'developer':
-                text = harmony.DeveloperContent.new().with_instructions(text.removeprefix('# Instructions\n\n'))
-            messages.append(message(harmony.Role(role), text))
-            if channel:
-                messages[-1] = messages[-1].with_channel(channel)
-        seen = harmony.Conversation.from_messages([part for part in messages if part.channel != 'analysis'])
-        expected = theirs.render_conversation_for_completion(seen, harmony.Role.ASSISTANT)
-        assert prepare.Chat(chat).prompt(encoder, effort) == expected
-        if chat == CHATS[1]:
-            (tokens, _), = prepare.Chat(chat).examples(encoder)
-            assert tokens == theirs.render_conversation_for_training(harmony.Conversation.from_messages(messages))
-    assert set(prepare.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
+    theirs, exported = harmony.load_harmony_encoding('HarmonyGptOss'), exported_tokenizer(tmp_path, encoder)
+    everything, with_tools = harmony.RenderConversationConfig(auto_drop_analysis=False), 0
+    for number in range(20):
+        chat, tools = random_chat(random.Random(number))
+        with_tools += bool(tools)
+        effort, ours = ('low', 'medium', 'high')[number % 3], prepare.Chat(chat, tools)
+        seen = harmony_parts(harmony, chat, tools, effort, training=False)
+        prompt = theirs.render_conversation_for_completion(seen, harmony.Role.ASSISTANT, everything)
+        assert ours.prompt(encoder, effort) == prompt
+        *_, (tokens, mask) = ours.examples(encoder)
+        whole = harmony_parts(harmony, chat, tools, 'medium', training=True)
+        assert tokens == theirs.render_conversation_for_training(whole, everything)
+        options = dict(tools=tools or None, return_dict=True, return_assistant_tokens_mask=True)
+        chat = [{'thinking' if key == 'reasoning_content' else key: m[key] for key in m} for m in chat]
+        found = exported.apply_chat_template(chat, **options)
+        assert (found['input_ids'], found['assistant_masks']) == (tokens, mask)
+        found = exported.apply_chat_template(chat, tools=tools, add_generation_prompt=True, reasoning_effort=effort)
+        assert found['input_ids'] == prompt
+    assert 5 < with_tools < 20
+    assert set(sample.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
 
 
 def prepared(file, content, *flags, tokenizer='byte'):
@@ -1157,7 +1231,10 @@ def test_message_fields(tmp_path):
     for fields, words in ((dict(thinkng='T'), 'thinkng'), (dict(reasoning='T', thinking='U'), 'differs'),
                           (dict(tool_calls=[1]), 'tool_calls'), (dict(weight=0.5), 'weight'),
                           (dict(role='user', thinking='T'), 'thinking'), (dict(content='<|channel|>x'), 'channel'),
-                          (dict(thinking='<|end|>'), 'end')):
+                          (dict(thinking='<|end|>'), 'end'), (dict(role='tool'), 'answers no call'),
+                          (dict(role='critic'), 'role'), (dict(channel='secret'), 'channel'), (dict(content=7), 'text'),
+                          (dict(tool_calls=[dict(name='now')]), 'no arguments'), (dict(content=None), 'text'),
+                          (dict(tool_calls=[dict(name='now', arguments='{}')], thinking='T'), 'only text beside')):
         with pytest.raises(AssertionError, match=f'line 1.*{words}'):
             prepared(tmp_path / 'a.jsonl', message(**fields))
     for bad in (dict(weight=0), dict(train=False)):
@@ -1171,6 +1248,20 @@ def test_message_fields(tmp_path):
     alpaca = prepared(tmp_path / 'a.json', [dict(instruction='I', input='', output='O')] * 2
                       + [dict(instruction='I', input='N', output='O')])
     assert '<|message|>I<|end|>' in alpaca[0] and '<|message|>I\n\nN<|end|>' in alpaca[2]
+
+
+def test_columns_of_tools(tmp_path):
+    """Tools are objects or JSON. Parquet gives objects the keys of all others, which must not become arguments."""
+    import pyarrow
+    from pyarrow import parquet
+    rows = [dict(messages=message()[0]['messages'], tools=[dict(type='function', function=dict(
+        name='f', description='', parameters=dict(type='object', properties={key: dict(type='string')})))])
+            for key in ('one', 'two', 'three')]
+    expected = prepared(tmp_path / 'a.jsonl', rows)
+    assert 'type f = (_: {\ntwo?: string,\n}) => any;' in expected[1]
+    assert prepared(tmp_path / 'b.jsonl', [row | dict(tools=json.dumps(row['tools'])) for row in rows]) == expected
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'c.parquet')
+    assert prepared(tmp_path / 'c.parquet', None) == expected
 
 
 def test_names_that_look_like_patterns(tmp_path):
@@ -1510,10 +1601,30 @@ def test_chat_beyond_the_context(chats):
     """The oldest turns are left out whole. The system message stays."""
     prompts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('prepare.Chat.prompt', lambda self, *_: prompts.append(self.parts) or [0] * 9 * len(self.parts))
+        patch.setattr('prepare.Chat.prompt', lambda self, *_: prompts.append(self.messages) or [0] * 9 * len(prompts[-1]))
         chat_with('red\ngreen\nyellow\n', f'--out_dir={chats}/out', '--system=Be brief.', '--context=20')
-    assert all(parts[0] == ('developer', '', '# Instructions\n\nBe brief.') for parts in prompts)
-    assert [part[2] for part in prompts[-1] if part[0] == 'user'] == ['yellow']
+    assert all(messages[0] == dict(role='system', content='Be brief.') for messages in prompts)
+    assert [message['content'] for message in prompts[-1] if message['role'] == 'user'] == ['yellow']
+
+
+def test_chat_with_tools(monkeypatch, tmp_path, capsys):
+    """A call of a function ends the answer, and the next line of input is its result."""
+    (tmp_path / 'tools.json').write_text(json.dumps(TOOLS))
+    encoder, prompts = prepare.encoding('byte', {bytes([i]): i for i in range(256)}, (prepare.END, *prepare.HARMONY)), []
+    written = iter((' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>',
+                    '<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>'))
+
+    def answer(prompt):
+        prompts.append(encoder.decode(prompt))
+        return iter(prepare.encode_prompt(encoder, next(written))[:-1])
+
+    monkeypatch.setattr(sample, 'tools', str(tmp_path / 'tools.json'))
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Find a.\nIt is here.\n'))
+    sample.converse(answer, encoder, 10_000)
+    assert capsys.readouterr().out == '[commentary to find]\n{"what":"a"}\n[analysis]\nHm.\n[final]\na\n'
+    assert 'type find = ' in prompts[0] and prompts[1] == prompts[0] + (
+        ' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>'
+        '<|start|>functions.find to=assistant<|channel|>commentary<|message|>It is here.<|end|><|start|>assistant')
 
 
 def test_adapted_chat(chats, tmp_path):
