@@ -170,7 +170,7 @@ def write_tokenizer(encoder, folder):
     """Write tokenizer.json and its configurations for transformers, and add the ids of tokens to config.json."""
     tokenizer_json(encoder).save(str(folder / 'tokenizer.json'))
     options = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, eos_token=END,
-                   pad_token=END)
+                   pad_token=END, model_input_names=['input_ids', 'attention_mask'])  # 4.57 adds types otherwise
     if '<|start|>' in encoder.special_tokens_set:
         options['eos_token'] = '<|return|>'
         shutil.copy(config.ROOT / 'config/chat_template.jinja', folder)
