@@ -388,9 +388,10 @@ def plain(document):
 
 # --- tokenizers, each a tiktoken.Encoding ---
 END = '<|endoftext|>'
-PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
+PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]',  # GPT-2's for bpe, which other programs know as gpt-2
+            'bpe': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
 RUN = 2 ** 16  # characters of white space that tiktoken can split
-UNBROKEN = re.compile(r'([^\W\d_]{1024}|(?:[^\w\s]|_){1024}|\s{1024})')
+UNBROKEN = re.compile(r'([^\W_]{1024}|(?:[^\w\s]|_){1024}|\s{1024})')
 
 
 def encoding(name, ranks=None, special=(END,)):

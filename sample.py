@@ -20,15 +20,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import tiktoken
 import torch
 
-from model import GPT, find_checkpoint, read_json
-from prepare import END, HARMONY, Chat, byte_characters, encode_prompt, encoding, load_tokenizer, reading
+from model import GPT, GPTConfig, find_checkpoint, read_json, write_json
+from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, encoding, load_tokenizer, reading
 
 # -----------------------------------------------------------------------------
 # the model
 out_dir = 'out'  # a run of train.py; its best checkpoint is used or, where there is none, its last
 init_from = ''  # folder or hub id of a checkpoint, in place of out_dir
+tokenizer_from = ''  # data folder or checkpoint that has the tokenizer; empty: the model's own folder
 experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that is fast on the device
@@ -54,15 +56,33 @@ export = ''  # folder to write the model to, adapters merged, for transformers a
 
 def load(folder, dtype, device):
     """The model of a checkpoint, its tokenizer, and the block size of its training, or 0 if that is unknown."""
-    merge_first = export and (folder / 'adapter.json').exists()  # save_pretrained packs the merged experts
+    merge_first = export and (folder / 'adapter_config.json').exists()  # save_pretrained packs the merged experts
     model = GPT.from_pretrained(folder, dtype, device, None if merge_first else experts or None)
     if model.lora and (merge_first or not experts):
         model.merge_lora()
-    if (folder / 'meta.json').exists():
-        return model, load_tokenizer(folder), int(read_json(folder / 'meta.json').get('block_size') or 0)
-    if model.config.vocab_size == 201088:
-        return model, encoding('o200k_harmony'), 0
-    raise ValueError(f'{folder} has no meta.json, so no tokenizer; copy it and tokenizer.tiktoken from the data')
+    source, meta = Path(tokenizer_from or folder), folder / 'meta.json'
+    block_size = int(read_json(meta).get('block_size') or 0) if meta.exists() else 0
+    if (source / 'meta.json').exists():
+        return model, load_tokenizer(source), block_size
+    if model.config.vocab_size == 201088 and not tokenizer_from:
+        return model, encoding('o200k_harmony'), block_size
+    return model, read_tokenizer(source / 'tokenizer.json'), block_size
+
+
+def read_tokenizer(path):
+    """The encoding in a tokenizer.json that comes from an export, in a folder that another program wrote."""
+    with reading(path, '; --tokenizer_from=FOLDER names data or a checkpoint that has the tokenizer'):
+        from tokenizers import Tokenizer
+        raw, byte_of = json.loads(Tokenizer.from_file(str(path)).to_str()), {c: b for b, c in byte_characters().items()}
+        ranks = {bytes(byte_of[c] for c in token): rank for token, rank in raw['model']['vocab'].items()}
+        pattern = raw['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
+        name = 'bpe' if pattern != PATTERNS['char'] else 'byte' if b'\xff' in ranks else 'char'
+        special = {token['content']: token['id'] for token in raw['added_tokens']}
+        encoder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        again = json.loads(tokenizer_json(encoder).to_str())
+        if any(raw[key] != again[key] for key in ('model', 'normalizer', 'pre_tokenizer')):
+            raise ValueError('it is not the tokenizer of an export')
+        return encoder
 
 
 # --- text ---
@@ -127,8 +147,8 @@ def converse(answer, encoder, longest):
 
 
 # --- export ---
-def write_tokenizer(encoder, folder):
-    """Write tokenizer.json, tokenizer_config.json and generation_config.json, which transformers reads."""
+def tokenizer_json(encoder):
+    """The tokenizer of the package tokenizers that equals an encoding of tiktoken."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     ranks, characters = encoder._mergeable_ranks, byte_characters()
     written = {token: ''.join(characters[byte] for byte in token) for token in ranks}
@@ -143,19 +163,29 @@ def write_tokenizer(encoder, folder):
     special = {number: token for token, number in reversed(encoder._special_tokens.items())}
     names = [special.get(number, f'<|unused_{number}|>') for number in range(len(ranks), encoder.n_vocab)]
     bpe.add_special_tokens([AddedToken(token, normalized=False) for token in names])  # numbered in this order
-    bpe.save(str(folder / 'tokenizer.json'))
+    return bpe
+
+
+def write_tokenizer(encoder, folder):
+    """Write tokenizer.json and its configurations for transformers, and add the ids of tokens to config.json."""
+    tokenizer_json(encoder).save(str(folder / 'tokenizer.json'))
     options = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, eos_token=END,
-                   pad_token=END)
+                   pad_token=END, model_input_names=['input_ids', 'attention_mask'])  # 4.57 adds types otherwise
     if '<|start|>' in encoder.special_tokens_set:
         options['eos_token'] = '<|return|>'
         shutil.copy(config.ROOT / 'config/chat_template.jinja', folder)
     generation = dict(do_sample=True, eos_token_id=stop_tokens(encoder), pad_token_id=encoder.eot_token)
-    for name, content in (('tokenizer_config', options), ('generation_config', generation)):
-        (folder / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+    ids = dict(eos_token_id=encoder.encode_single_token(options['eos_token']), pad_token_id=encoder.eot_token)
+    write_json(folder / 'tokenizer_config.json', options)
+    write_json(folder / 'generation_config.json', generation)
+    write_json(folder / 'config.json', read_json(folder / 'config.json') | ids)
 
 
 def write_export(model, encoder, folder):
     """Write a checkpoint with its tokenizer to the folder export. The folder appears whole or not at all."""
+    if model.config.tie_word_embeddings:  # other programs want a head of its own: some fail, some leave it random
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
     parent = Path(export).resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as beside:
@@ -163,10 +193,16 @@ def write_export(model, encoder, folder):
         model.save_pretrained(new, experts=experts or None)
         write_tokenizer(encoder, new)
         for file in ('meta.json', 'tokenizer.tiktoken'):  # for sample.py and train.py
-            if (source := folder / file).exists():
+            if (source := Path(tokenizer_from or folder) / file).exists():
                 shutil.copy(source, new)
         new.replace(export)
     print(f'{export}: {model.num_parameters():,} parameters')
+    config_of_others = GPTConfig(num_hidden_layers=model.config.num_hidden_layers)
+    for name in ('layer_types', 'swiglu_limit'):
+        if getattr(model.config, name) != getattr(config_of_others, name):
+            print(f'{name} differs from gpt-oss: llama.cpp, vLLM and mlx-lm ignore that and compute wrong outputs')
+    if encoder.name in ('byte', 'char'):
+        print(f'llama.cpp does not read the tokenizer {encoder.name}; bpe and those of tiktoken work there')
 
 
 def main():
@@ -181,10 +217,10 @@ def main():
     if export and os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
         config.fail(f'{export} exists already; --export needs a new folder')
     folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
-    found = [str(folder) for folder in folders for file in ('config.json', 'adapter.json') if (folder / file).exists()]
+    found = [str(folder) for folder in folders if [*folder.glob('*config.json'), *folder.glob('adapter.json')]]
     if not init_from and not found:
         config.fail(f'{out_dir} holds no checkpoint: python train.py writes one; --out_dir or --init_from name another')
-    folder = find_checkpoint(init_from or found[0])
+    folder = find_checkpoint(init_from or found[0])  # refuses adapter.json, the format of the past
     where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     model, encoder, block_size = load(folder, getattr(torch, kind), where)
     torch.manual_seed(seed)  # after loading, because add_lora draws random numbers

@@ -544,6 +544,7 @@ def write_hugging_face(gpt, folder):
         tensors |= {f'{prefix}_{kind}': value for kind, value in zip(('blocks', 'scales', 'bias'), values)}
     save_file(tensors, folder / 'model.safetensors')
     raw = json.loads((folder / 'config.json').read_text())  # gpt-oss's says 0.9 and that it is off
+    raw.pop('training_router_aux_loss_coef')
     (folder / 'config.json').write_text(json.dumps(raw | dict(router_aux_loss_coef=0.9)))
 
 
@@ -594,7 +595,8 @@ def test_reading(write, dtype, tmp_path):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('experts', [None, 'mxfp4'])
-@pytest.mark.parametrize('changes', [SQUARE, dict(hidden_size=96, intermediate_size=32, tie_word_embeddings=True)])
+@pytest.mark.parametrize('changes', [
+    SQUARE, dict(hidden_size=96, intermediate_size=32, tie_word_embeddings=True, router_aux_loss_coef=0.01)])
 def test_writing(changes, experts, dtype, tmp_path):
     """transformers reads it, from several files or one, and we read what it writes. No file of another one is left."""
     transformers = pytest.importorskip('transformers')
@@ -616,7 +618,7 @@ def test_writing(changes, experts, dtype, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
     stored = load_file(tmp_path / 'model.safetensors').values()
     assert {tensor.dtype for tensor in stored} == {dtype, *([torch.uint8] if experts else [])}
-    changes = dict(qk_norm=True, dropout=0.1, router_aux_loss_coef=0.01)
+    changes = dict(qk_norm=True, dropout=0.1)
     make(**changes).save_pretrained(tmp_path)
     assert_same(make(**changes), GPT.from_pretrained(tmp_path, torch.float32))
     with pytest.raises(ValueError):  # others would leave the norms of queries and keys out
@@ -682,18 +684,25 @@ def test_broken_checkpoints(tmp_path):
     tensors, whole = load_file(file), file.read_bytes()
 
     def refused(words, folder=tmp_path):
-        with pytest.raises(ValueError, match=re.escape(str(folder)) + '.*' + words):
+        with pytest.raises(ValueError, match=re.escape(str(folder)) + '(.|\n)*' + words):
             GPT.from_pretrained(folder)
 
     for json_file, changes in (
             (tmp_path / 'config.json', (None, dict(hidden_size=32), dict(head_dim='x'), dict(hidden_act='relu'))),
-            (tmp_path / 'adapter/adapter.json', (
-                None, dict(lora_rank=2), dict(lora_alpha=None), dict(overrides=dict(foo=1)), dict(base='none')))):
+            (tmp_path / 'adapter/adapter_config.json', (
+                None, dict(r=2), dict(lora_alpha=None), dict(overrides=dict(foo=1)),
+                dict(base_model_name_or_path='none')))):
         raw = json_file.read_text()
         for change in changes:
             json_file.write_text(json.dumps(json.loads(raw) | change if change else []))
             refused('', json_file.parent)
         json_file.write_text(raw)
+    adapters = load_file(tmp_path / 'adapter/adapter_model.safetensors')
+    save_file({'base_model.model.lm_head.lora_A.weight': torch.ones(3, 48)} | adapters,
+              tmp_path / 'adapter/adapter_model.safetensors')
+    refused('lm_head.lora_A', tmp_path / 'adapter')
+    (tmp_path / 'adapter/adapter_config.json').rename(tmp_path / 'adapter/adapter.json')  # the format of the past
+    refused('adapter.json', tmp_path / 'adapter')
     tensors.pop(next(iter(tensors)))
     save_file(tensors | {'model.norm.weight': torch.ones(7), 'model.extra.weight': torch.ones(2)}, file)
     for words in (' is missing', r'norm.weight.*\(7,\)', 'extra.weight'):
@@ -732,23 +741,39 @@ def adapt(gpt):
     return gpt
 
 
+def in_peft(name, a, b):
+    """A (r, in) and B (out, r) of an adapter, or stacks of them, in PEFT's layout."""
+    if '.experts.' not in name:
+        return a, b
+    if 'gate_up' in name:  # a gate and an up in turn
+        b = torch.stack(b.chunk(2, dim=1), dim=2).flatten(1, 2)
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
 def test_lora():
     """W + alpha / rank * B A on each matrix of attention and of every expert, also its gradients, and no others."""
     gpt, plain, idx = adapt(make()), make(), torch.randint(97, (2, 40))
-    adapters = {name: p.detach() for name, p in gpt.named_parameters() if 'lora.' in name}
-    weights, expected = dict(plain.named_parameters()), {}
-    pairs = {name[:-2]: name[:-2].replace('_lora', '_weight').replace('.lora', '.weight') for name in adapters}
+    weights, adapters, expected = dict(plain.named_parameters()), dict(gpt.named_parameters()), {}
+    pairs = {name.removesuffix('.lora_A.weight') for name in adapters if 'lora_A' in name}
     assert len(pairs) == 6 * SMALL['num_hidden_layers']
-    for key, name in pairs.items():
-        weights[name].data += 2.0 * adapters[f'{key}.b'] @ adapters[f'{key}.a']
+    products = {}
+    for key in pairs:
+        name = key.replace('_lora', '_weight').replace('.lora', '.weight')
+        *stack, rows, columns = weights[name].shape
+        a, b = torch.randn(*stack, 3, columns) / 10, torch.randn(*stack, rows, 3) / 10
+        for x, value in zip('AB', in_peft(key, a, b)):
+            adapters[f'{key}.lora_{x}.weight'].data.copy_(value)
+        weights[name].data += 2.0 * b @ a
+        products[key] = name, a, b
     for one in (gpt, plain):
         one(idx, idx, return_logits=False)[1].backward()
-    for key, name in pairs.items():
-        expected[f'{key}.a'] = 2.0 * adapters[f'{key}.b'].mT @ weights[name].grad
-        expected[f'{key}.b'] = 2.0 * weights[name].grad @ adapters[f'{key}.a'].mT
+    for key, (name, a, b) in products.items():
+        gradient = 2.0 * weights[name].grad
+        for x, value in zip('AB', in_peft(key, b.mT @ gradient, gradient @ a.mT)):
+            expected[f'{key}.lora_{x}.weight'] = value
     assert_gradients(gradients(gpt), expected, 1e-4)
     optimizer, = gpt.configure_optimizers(1e-3, 0.01, (0.9, 0.95), 0.1)  # AdamW alone, and the adapters alone
-    assert sum(len(group['params']) for group in optimizer.param_groups) == len(adapters)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == 2 * len(pairs)
     gpt.merge_lora()
     for name, p in gpt.named_parameters():
         torch.testing.assert_close(p, weights[name])
@@ -773,11 +798,41 @@ def test_adapter_files(experts, tmp_path):
     assert sum(file.stat().st_size for file in folder.iterdir()) < size + 10000
     loaded = GPT.from_pretrained(folder, torch.float32, experts=experts)
     assert loaded.config.sliding_window == 3 and torch.equal(loaded(idx)[0], gpt(idx)[0])
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / 'adapter_model.safetensors').items()}
+    assert len(shapes) == 3 * 12
+    for name, a, b in (('self_attn.q_proj', (3, 64), (60, 3)), ('mlp.experts.base_layer', (15, 64), (64, 15)),
+                       ('mlp.experts', (15, 32), (64, 15))):
+        for x, shape in zip('AB', (a, b)):
+            assert shapes[f'base_model.model.model.layers.2.{name}.lora_{x}.weight'] == shape
     for wrong in (lambda: gpt.save_adapter(base), lambda: gpt.add_lora(3, 6.0), lambda: make().add_lora(65, 1.0),
                   lambda: adapt(make()).save_adapter(folder), lambda: gpt.save_pretrained(folder),
                   *([gpt.merge_lora] if experts else [])):
         with pytest.raises(ValueError):
             wrong()
+
+
+def test_peft(tmp_path):
+    """PEFT computes the same with our adapters, we with its. Options that we do not have are refused by name."""
+    peft, idx = pytest.importorskip('peft'), torch.randint(97, (2, 30))
+    theirs = reference(make(), tmp_path / 'base')
+    gpt = adapt(GPT.from_pretrained(tmp_path / 'base', torch.float32))
+    gpt.save_adapter(tmp_path / 'ours')
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'ours', is_trainable=True)
+    torch.testing.assert_close(theirs.eval()(idx).logits, gpt.eval()(idx, idx)[0], atol=2e-5, rtol=0)
+    theirs(idx, labels=idx).loss.backward()
+    for name, p in theirs.named_parameters():
+        p.data -= p.grad if p.grad is not None else 0
+    assert off(theirs(idx).logits, gpt(idx, idx)[0]) > 0.1
+    theirs.save_pretrained(tmp_path / 'theirs')
+    loaded = GPT.from_pretrained(tmp_path / 'theirs', torch.float32).eval()
+    torch.testing.assert_close(theirs(idx).logits, loaded(idx, idx)[0], atol=2e-5, rtol=0)
+    file = tmp_path / 'theirs/adapter_config.json'
+    raw = json.loads(file.read_text())
+    for key, value in dict(use_rslora=True, use_dora=True, alpha_pattern=dict(q_proj=3), modules_to_save=['lm_head'],
+                           bias='all', init_lora_weights='pissa', peft_type='IA3').items():
+        file.write_text(json.dumps(raw | {key: value}))
+        with pytest.raises(ValueError, match=key):
+            GPT.from_pretrained(tmp_path / 'theirs')
 
 
 # --- how the scripts are run ------------------------------------------------------------------------------------------
@@ -918,6 +973,11 @@ def test_round_trip(tokenizer, tmp_path):
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == encoder.encode_ordinary(text)
         assert theirs.decode(encoder.encode_ordinary(text)) == text
     assert theirs.encode('a<|endoftext|>') == encoder.encode('a<|endoftext|>', allowed_special='all')
+    if tokenizer != 'o200k_harmony':  # a model of its size needs no file
+        theirs.save_pretrained(tmp_path / 'theirs')
+        again = sample.read_tokenizer(tmp_path / 'theirs/tokenizer.json')
+        assert all(again.encode_ordinary(text) == encoder.encode_ordinary(text) for text in texts)
+        assert again.eot_token == encoder.eot_token and again.n_vocab == encoder.n_vocab
 
 
 def exported_tokenizer(folder, encoder):
@@ -928,6 +988,36 @@ def exported_tokenizer(folder, encoder):
     stops = transformers.GenerationConfig.from_pretrained(folder / 'exported').eos_token_id
     assert stops == sample.stop_tokens(encoder)
     return transformers.AutoTokenizer.from_pretrained(folder / 'exported')
+
+
+def test_export(tmp_path):
+    """An export has a head, the keys that other programs read, and a line for what they cannot do."""
+    transformers, data = pytest.importorskip('transformers'), make_data(tmp_path)
+    meta, encoder, tokens = read_data(data)
+    changes = dict(tie_word_embeddings=True, layer_types=[FULL, SLIDING, FULL], swiglu_limit=6.0)
+    gpt = make(vocab_size=meta['vocab_size'], router_aux_loss_coef=0.1, **changes)
+    gpt.save_pretrained(data)
+    out = tmp_path / 'exported'
+    said = ran('sample.py', f'--init_from={data}', f'--export={out}', '--device=cpu', '--dtype=float32')
+    assert all(word in said for word in ('layer_types', 'swiglu_limit', 'the tokenizer char'))
+    raw, end = json.loads((out / 'config.json').read_text()), encoder.eot_token
+    assert raw | dict(tie_word_embeddings=False, output_router_logits=False, eos_token_id=end, pad_token_id=end,
+                      experts_per_token=2, initial_context_length=64, transformers_version='4.55.0') == raw
+    assert torch.equal(load_file(out / 'model.safetensors')['lm_head.weight'], gpt.lm_head.weight)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert set(transformers.AutoTokenizer.from_pretrained(out)('the')) == {'input_ids', 'attention_mask'}
+    idx = torch.tensor([tokens['val'][:20]])
+    torch.testing.assert_close(theirs(idx).logits, gpt.eval()(idx, idx)[0], atol=1e-4, rtol=1e-4)
+    assert GPT.from_pretrained(out).config.router_aux_loss_coef == 0.1
+    theirs.save_pretrained(tmp_path / 'theirs')  # without a tokenizer
+    options = f'--init_from={tmp_path}/theirs', '--device=cpu', '--max_new_tokens=5', '--start=the', '--seed=1'
+    refused(run('sample.py', *options), 'theirs/tokenizer.json', '--tokenizer_from')
+    said = ran('sample.py', *options, f'--tokenizer_from={data}')
+    shutil.copy(out / 'tokenizer.json', tmp_path / 'theirs')
+    assert said == ran('sample.py', *options)
+    other = json.loads((out / 'tokenizer.json').read_text()) | dict(normalizer=dict(type='Lowercase'))
+    (tmp_path / 'theirs/tokenizer.json').write_text(json.dumps(other))
+    refused(run('sample.py', *options), 'theirs/tokenizer.json', '--tokenizer_from')
 
 
 def test_text_files(tmp_path):
@@ -1222,7 +1312,7 @@ def test_bpe_on_long_runs(monkeypatch):
     fake = SimpleNamespace(train_from_iterator=lambda texts, trainer: seen.extend(texts),
                            to_str=lambda: '{"model": {"merges": []}}')
     monkeypatch.setattr(tokenizers, 'Tokenizer', lambda model: fake)
-    texts = ['ACGT' * 50_000, '.;' * 3000, '\n' * 3000, 'some words ' * 3000]
+    texts = ['ACGT' * 50_000, '0123' * 3000, '.;' * 3000, '\n' * 3000, 'some words ' * 3000]
     prepare.train_tokenizer(texts)
     assert ''.join(seen) == ''.join(texts) and max(len(run) for text in seen for run in text.split(' ')) <= 1024
 
@@ -1310,6 +1400,7 @@ def test_sample_and_fine_tune(fox, tmp_path):
     assert one == same != other
     flags = f'--data_dir={fox}/data', f'--init_from={fox}/out/best', f'--out_dir={tmp_path}/out'
     ran('train.py', *flags, *TINY[3:], '--max_iters=1')
+    assert run.names['model'].config.router_aux_loss_coef == 0.05  # of the model that is fine-tuned
     assert metrics(tmp_path / 'out')[0]['val_loss'] == pytest.approx(state_of(fox / 'out/best')['best_loss'], abs=1e-4)
 
 
@@ -1552,9 +1643,10 @@ def test_adapted_chat(chats, tmp_path):
     flags = f'--data_dir={data}', f'--init_from={chats}/out/best', f'--out_dir={tmp_path}/out', *TINY[4:]
     ran('train.py', *flags, '--lora_rank=4', '--block_size=200', '--max_iters=40', '--warmup_iters=5')
     assert not list((tmp_path / 'out/best').glob('model*'))
-    assert (tmp_path / 'out/best/adapter.safetensors').stat().st_size < 120_000
+    assert (tmp_path / 'out/best/adapter_model.safetensors').stat().st_size < 120_000
     assert 'go' in chat_with('red\n', f'--out_dir={tmp_path}/out')
     ran('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=41')
+    assert run.names['model'].config.router_aux_loss_coef == 0  # frozen routers cannot be balanced; the base has 0.05
     ran('sample.py', f'--out_dir={tmp_path}/out', f'--export={tmp_path}/both', '--experts=mxfp4')
     assert GPT.from_pretrained(tmp_path / 'both', experts='mxfp4').lora is None
 
