@@ -24,7 +24,7 @@ import tiktoken
 import torch
 
 from model import GPT, GPTConfig, find_checkpoint, read_json, write_json
-from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, encoding, load_tokenizer, reading
+from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, load_tokenizer, reading
 
 # -----------------------------------------------------------------------------
 # the model
@@ -65,7 +65,7 @@ def load(folder, dtype, device):
     if (source / 'meta.json').exists():
         return model, load_tokenizer(source), block_size
     if model.config.vocab_size == 201088 and not tokenizer_from:
-        return model, encoding('o200k_harmony'), block_size
+        return model, load_tokenizer('o200k_harmony'), block_size
     return model, read_tokenizer(source / 'tokenizer.json'), block_size
 
 

@@ -1169,7 +1169,7 @@ def test_harmony(tmp_path, monkeypatch):
         seen = harmony_parts(harmony, chat, tools, effort, training=False)
         prompt = theirs.render_conversation_for_completion(seen, harmony.Role.ASSISTANT, everything)
         assert ours.prompt(encoder, effort) == prompt
-        *_, (tokens, mask) = ours.examples(encoder)
+        tokens, mask = prepare.encode_turn(encoder, ours.turns[-1])
         whole = harmony_parts(harmony, chat, tools, 'medium', training=True)
         assert tokens == theirs.render_conversation_for_training(whole, everything)
         options = dict(tools=tools or None, return_dict=True, return_assistant_tokens_mask=True)
