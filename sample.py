@@ -2,7 +2,6 @@
 Continue a text with a trained model, chat with it, or export it for other programs.
 
     python sample.py --start="Once upon a time"                                        # the run in out/
-    python sample.py --init_from=openai/gpt-oss-20b --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=openai/gpt-oss-20b --chat --experts=mxfp4
     python sample.py --export=exported                                                 # for transformers
 """
@@ -30,7 +29,7 @@ from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt
 # the model
 out_dir = 'out'  # a run of train.py; its best checkpoint is used or, where there is none, its last
 init_from = ''  # folder or hub id of a checkpoint, in place of out_dir
-tokenizer_from = ''  # data folder or checkpoint that has the tokenizer; empty: the model's own folder
+tokenizer_from = ''  # data folder, checkpoint or name of tiktoken; empty: the tokenizer in the model's folder
 experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that is fast on the device
@@ -60,18 +59,18 @@ def load(folder, dtype, device):
     model = GPT.from_pretrained(folder, dtype, device, None if merge_first else experts or None)
     if model.lora and (merge_first or not experts):
         model.merge_lora()
-    source, meta = Path(tokenizer_from or folder), folder / 'meta.json'
+    meta = folder / 'meta.json'
     block_size = int(read_json(meta).get('block_size') or 0) if meta.exists() else 0
-    if (source / 'meta.json').exists():
-        return model, load_tokenizer(source), block_size
-    if model.config.vocab_size == 201088 and not tokenizer_from:
+    if tokenizer_from or meta.exists():
+        return model, load_tokenizer(tokenizer_from or folder), block_size
+    if model.config.vocab_size == 201088:
         return model, load_tokenizer('o200k_harmony'), block_size
-    return model, read_tokenizer(source / 'tokenizer.json'), block_size
+    return model, read_tokenizer(folder / 'tokenizer.json'), block_size
 
 
 def read_tokenizer(path):
     """The encoding in a tokenizer.json that comes from an export, in a folder that another program wrote."""
-    with reading(path, '; --tokenizer_from=FOLDER names data or a checkpoint that has the tokenizer'):
+    with reading(path, '; --tokenizer_from names data or a checkpoint that has the tokenizer'):
         from tokenizers import Tokenizer
         raw, byte_of = json.loads(Tokenizer.from_file(str(path)).to_str()), {c: b for b, c in byte_characters().items()}
         ranks = {bytes(byte_of[c] for c in token): rank for token, rank in raw['model']['vocab'].items()}
@@ -85,7 +84,6 @@ def read_tokenizer(path):
         return encoder
 
 
-# --- text ---
 def stop_tokens(encoder):
     """The tokens that end a continuation: end of text and, in a chat, the end of a turn or a call of a tool."""
     return [encoder.encode_single_token(token) for token in (END, '<|return|>', '<|call|>')
@@ -106,19 +104,17 @@ def show(encoder, tokens):
 
 # --- chat ---
 def converse(answer, encoder, longest):
-    """Read messages and print the answers, each channel under its name, until the input ends. After a call of a tool,
-    the next line is its result. Where the chat has more than `longest` tokens, its oldest turns are left out."""
+    """Read messages and print the answers, each channel under its name, until the input ends. The line after a call is
+    the result of the tool. Where the chat has more than `longest` tokens, its oldest turns are left out."""
     if missing := [token for token in HARMONY if token not in encoder.special_tokens_set]:
-        config.fail(f'this model was not trained on chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
-                    'one on data from python prepare.py --dataset=CHATS.jsonl')
+        config.fail(f'the tokenizer {encoder.name} has no {missing[0]}; fine-tune a model on chats (README, Fine-tune)')
     message, end = map(encoder.encode_single_token, ('<|message|>', '<|end|>'))
-    messages, functions = [dict(role='system', content=system)] if system else [], None
-    if tools:
-        with reading(tools):
-            functions = json.loads(Path(tools).read_text(encoding='utf-8'))
+    messages = [dict(role='system', content=system)] if system else []
+    with reading(tools):
+        functions = json.loads(Path(tools).read_text(encoding='utf-8-sig')) if tools else None
     while True:
         try:
-            line = input('> ' if sys.stdin.isatty() else '').strip()
+            line = input('> ' if sys.stdin.isatty() else '').strip('\ufeff \t\r\n')
         except EOFError:
             return
         if not line:
@@ -128,7 +124,11 @@ def converse(answer, encoder, longest):
         while len(prompt) > longest and len(users := [i for i, m in enumerate(messages) if m['role'] == 'user']) > 1:
             del messages[oldest:users[1]]
             prompt = Chat(messages, functions).prompt(encoder, reasoning_effort)
-            print(f'(the oldest turn is left out, because the model looks back {longest} tokens)', file=sys.stderr)
+            print(f'(the oldest turn is left out: the chat has more than {longest} tokens)', file=sys.stderr)
+        if len(prompt) > longest:
+            messages.pop()
+            print(f'(the message is left out: {len(prompt)} tokens are more than {longest})', file=sys.stderr)
+            continue
         tokens, header = answer(prompt), []  # header: what comes before the content of a message
         for token in tokens:
             header.append(token)
@@ -144,6 +144,7 @@ def converse(answer, encoder, longest):
                 messages.append(dict(role='assistant', tool_calls=[dict(name=call[1], arguments=text)]))
             elif channel in ('analysis', 'commentary', 'final'):
                 messages.append(dict(role='assistant', channel=channel, content=text))
+        print(encoder.decode(header), end='')  # of a message without content
 
 
 # --- export ---
@@ -197,19 +198,16 @@ def write_export(model, encoder, folder):
                 shutil.copy(source, new)
         new.replace(export)
     print(f'{export}: {model.num_parameters():,} parameters')
-    config_of_others = GPTConfig(num_hidden_layers=model.config.num_hidden_layers)
-    for name in ('layer_types', 'swiglu_limit'):
-        if getattr(model.config, name) != getattr(config_of_others, name):
-            print(f'{name} differs from gpt-oss: llama.cpp, vLLM and mlx-lm ignore that and compute wrong outputs')
+    usual = GPTConfig(num_hidden_layers=model.config.num_hidden_layers)
+    if (model.config.layer_types, model.config.swiglu_limit) != (usual.layer_types, usual.swiglu_limit):
+        print('llama.cpp, vLLM and mlx-lm compute wrong outputs: they ignore layer_types and swiglu_limit')
     if encoder.name in ('byte', 'char'):
         print(f'llama.cpp does not read the tokenizer {encoder.name}; bpe and those of tiktoken work there')
 
 
 def main():
     for name, good, wanted in (
-            ('num_samples', num_samples >= 1, 'at least 1'), ('max_new_tokens', max_new_tokens >= 1, 'at least 1'),
-            ('top_k', top_k >= 0, 'at least 0'), ('context', context >= 0, 'at least 0'),
-            ('seed', 0 <= seed < 2 ** 63, 'between 0 and 2 ** 63'),
+            ('max_new_tokens', max_new_tokens >= 1, 'at least 1'), ('context', context >= 0, 'at least 0'),
             ('experts', experts in ('', 'mxfp4'), 'mxfp4 or empty'),
             ('reasoning_effort', reasoning_effort in ('low', 'medium', 'high'), 'low, medium or high')):
         if not good:
