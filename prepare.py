@@ -326,8 +326,8 @@ def chat_template():
 
 
 class Chat:
-    """A conversation: messages {role, content, ...} and tools. The head of config/chat_template.jinja says what they may
-    hold; FIELDS has other names of the fields. Raises ValueError."""
+    """A conversation: messages {role, content, ...} and tools. The head of config/chat_template.jinja says what they
+    may hold; FIELDS has other names of the fields. Raises ValueError."""
 
     def __init__(self, messages, tools=None):
         self.messages, self.tools = [], json.loads(tools or 'null') if isinstance(tools, str) else tools
@@ -339,7 +339,7 @@ class Chat:
                 if value in EMPTY and (FIELDS.get(key), value) != ('content', ''):
                     continue
                 if key not in FIELDS:
-                    raise ValueError(f'message {number} has {key!r}, which is unknown; known are {", ".join(FIELDS)}')
+                    raise ValueError(f'message {number} has {key!r}, which is none of {", ".join(FIELDS)}')
                 if fields.setdefault(FIELDS[key], value) != value:
                     raise ValueError(f'message {number} has {key!r}, which differs from another {FIELDS[key]} of it')
             role = fields.get('role')

@@ -1205,21 +1205,26 @@ def test_rows_as_they_stand(tmp_path):
     assert prepared(tmp_path / 'd.csv', '\ufefftext,n\n' + ''.join(f'{cell},1\n' for cell in cells)) == texts
 
 
+def message(**fields):
+    """Three rows of a chat whose answer has these fields."""
+    return [dict(messages=[dict(role='user', content='q'), dict(role='assistant', content='a') | fields])] * 3
+
+
 @pytest.mark.parametrize('name, content, words', [
     ('a.jsonl', '{"text": "a"}\n\n{"text": "b",\n{"text": "c"}\n', 'line 3'), ('a.jsonl', '{"text": 7}', 'line 1'),
     ('a.json', '[\n{"text": "a"},\n{"text": }]', 'line 3'), ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', 'line 2'),
     ('a.jsonl', '{"text": "a"}\n{"text": "\\ud800"}\n', 'line 2'), ('a.jsonl', '{"text": "a"}\n5\n', 'line 2'),
     ('a.csv', 'n,text\n1,a\n2,b,c\n', 'line 3'), ('a.csv', 'n,text\n1,a\n2\n', 'line 3'),
-    ('a.csv', 'text\n"a\n', 'line 2'),
+    ('a.csv', 'text\n"a\n', 'line 2'), ('a.csv', 'text,text\na,b\n', 'twice'),
+    ('a.jsonl', '{"messages": [], "system": "s"}', 'line 1: the column system'),
+    ('a.jsonl', '{"text": "a"}\n' * 9 + json.dumps(message()[0]), 'texts and chats'),
+    ('a.jsonl', json.dumps(message()[0] | dict(tools=[dict(name='f', description=5)])), 'line 1: .* wrong type'),
     ('a.txt', 'hello'.encode('utf-16'), 'iconv -f utf-16 -t utf-8'),
+    ('a.txt', 'Привет мир'.encode('utf-16-le'), 'iconv -f utf-16 -t utf-8'),
     ('a.csv', 'text\nhello\n'.encode('utf-16-be'), 'iconv -f utf-16 -t utf-8')])
 def test_bad_rows(name, content, words, tmp_path):
-    with pytest.raises(AssertionError, match=rf'a\.\w+ cannot be read .*{words}'):
+    with pytest.raises(AssertionError, match=rf'a\.\w+ .*{words}'):
         prepared(tmp_path / name, content)
-
-
-def message(**fields):
-    return [dict(messages=[dict(role='user', content='q'), dict(role='assistant', content='a') | fields])] * 3
 
 
 def test_message_fields(tmp_path):
@@ -1236,6 +1241,7 @@ def test_message_fields(tmp_path):
                           (dict(thinking='<|end|>'), 'end'), (dict(role='tool'), 'answers no call'),
                           (dict(role='critic'), 'role'), (dict(channel='secret'), 'channel'), (dict(content=7), 'text'),
                           (dict(tool_calls=[dict(name='now')]), 'no arguments'), (dict(content=None), 'text'),
+                          (dict(name='A'), 'only a tool'), (dict(content=None, tool_calls=[]), 'text'),
                           (dict(tool_calls=[dict(name='now', arguments='{}')], thinking='T'), 'only text beside')):
         with pytest.raises(AssertionError, match=f'line 1.*{words}'):
             prepared(tmp_path / 'a.jsonl', message(**fields))
@@ -1274,6 +1280,9 @@ def test_names_that_look_like_patterns(tmp_path):
     prepared(tmp_path / 'd 1/x.txt', 'the other folder')
     assert prepared(tmp_path / 'd [1]/x.txt', 'this folder') == ['this folder']
     assert prepared(tmp_path / 'd [1]/*.txt', None) == ['this folder']
+    for pattern in ('d 1/*.txt', 'd [1]/*.txt', 'd 1/**/?.txt'):
+        status, said, err = run('prepare.py', f'--dataset={pattern}', '--tokenizer=byte', cwd=tmp_path)
+        assert status == 0 and 'data/d 1:' in said if pattern == 'd 1/*.txt' else 'holds data of d 1/*.txt' in err
 
 
 @needs_vocabulary
@@ -1600,7 +1609,11 @@ def test_other_data(fox, tmp_path):
     """A run does not continue on data that has changed, unless --data_dir names it."""
     data = shutil.copytree(fox / 'data', tmp_path / 'data')
     ran('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1')
-    (data / 'meta.json').write_text(json.dumps(read_data(data)[0] | dict(dataset='another')))
+    (tmp_path / 'two').mkdir()
+    texts = 'the fog sat on the dog. ', 'the dog sat on the fog. '
+    one, two = (read_data(make_data(tmp_path / 'two', text * 50))[0] for text in texts)
+    assert {key for key in one if one[key] != two[key]} == {'train_crc32', 'val_crc32'}
+    (data / 'meta.json').write_text(json.dumps(read_data(data)[0] | dict(train_crc32=7)))
     resumed = f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=2'
     refused(run('train.py', *resumed), 'data', 'changed', '--data_dir')
     ran('train.py', *resumed, f'--data_dir={data}')
@@ -1610,16 +1623,18 @@ def test_chat_beyond_the_context(chats):
     """The oldest turns are left out whole. The system message stays."""
     prompts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('prepare.Chat.prompt', lambda self, *_: prompts.append(self.messages) or [0] * 9 * len(prompts[-1]))
+        patch.setattr('prepare.Chat.prompt', lambda it, *_: prompts.append(it.messages) or [0] * 9 * len(it.messages))
         chat_with('red\ngreen\nyellow\n', f'--out_dir={chats}/out', '--system=Be brief.', '--context=20')
     assert all(messages[0] == dict(role='system', content='Be brief.') for messages in prompts)
     assert [message['content'] for message in prompts[-1] if message['role'] == 'user'] == ['yellow']
+    assert chat_with('green ' * 60, f'--out_dir={chats}/out', '--context=20') == ''
 
 
 def test_chat_with_tools(monkeypatch, tmp_path, capsys):
     """A call of a function ends the answer, and the next line of input is its result."""
     (tmp_path / 'tools.json').write_text(json.dumps(TOOLS))
-    encoder, prompts = prepare.encoding('byte', {bytes([i]): i for i in range(256)}, (prepare.END, *prepare.HARMONY)), []
+    ranks, prompts = {bytes([i]): i for i in range(256)}, []
+    encoder = prepare.encoding('byte', ranks, (prepare.END, *prepare.HARMONY))
     written = iter((' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>',
                     '<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>'))
 

@@ -262,8 +262,9 @@ def cut_into_rows(split):
         advice = f'--block_size={np.diff(ends).max() - 1} takes all'
         check(targets.any(), f'no answer of {data / split}.bin is within block_size ({block_size}) tokens; {advice}')
         if targets.sum() < total:
-            say(f'{data / split}.bin: {total - targets.sum():,} of {total:,} answer tokens are left out, because their '
-                f'chats are longer than block_size ({block_size}); {advice}')
+            longer = (np.diff(ends) > block_size + 1).sum()
+            say(f'{data / split}.bin: {longer:,} chats are longer than block_size ({block_size}), so '
+                f'{total - targets.sum():,} of {total:,} answer tokens are left out; {advice}')
         rows = rows[targets > 0]
     return rows
 
