@@ -61,7 +61,6 @@ class GPTConfig:
     tie_word_embeddings: bool = False  # one matrix for the embedding and the head
     dropout: float = 0.0  # after attention, after the experts, and on the attention weights
     attention_dropout: float | None = None  # on the attention weights; None: the same as dropout
-    qk_norm: bool = False  # RMSNorm on queries and keys; not in gpt-oss
 
     def __post_init__(self):
         if self.attention_dropout is None:
@@ -252,17 +251,13 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = Linear(D, H * hd), Linear(D, KV * hd), Linear(D, KV * hd)
         self.o_proj = Linear(H * hd, D)
         self.sinks = nn.Parameter(torch.zeros(H))
-        if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(hd, config.rms_norm_eps), RMSNorm(hd, config.rms_norm_eps)
-        self.head_dim, self.qk_norm, self.dropout = hd, config.qk_norm, config.attention_dropout
+        self.head_dim, self.dropout = hd, config.attention_dropout
         self.window = config.sliding_window if layer_type == SLIDING else None
 
     def forward(self, x, cos, sin, cache=None):
         """x (B, T, D) -> (B, T, D). With a cache, x is the prompt that fills it or the newest token."""
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             cache.update(k, v)
@@ -285,6 +280,8 @@ def grouped_linear(x, w, b, member):
     """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) -> (M, out). member (M, E): True where a
     row belongs to an expert. One CUDA kernel for all experts. On sm90 and newer it does not wait for the number of rows
     of each; older GPUs do. It needs bf16 and widths in multiples of 8."""
+    if torch.cuda.get_device_properties(x.device).major == 10:  # gradients of experts without rows are garbage there
+        w = torch.where(member.any(0)[:, None, None], w, 0)  # (pytorch/pytorch#172439); where makes them zero
     y = F.grouped_mm(x, w.to(x.dtype).mT, offs=member.sum(0).cumsum(0).to(torch.int32))
     return torch.addmm(y, member.to(x.dtype), b.to(x.dtype))  # b[expert] would add its gradients by atomics
 
@@ -663,7 +660,7 @@ class GPT(nn.Module):
                 delattr(module, leaf)
                 setattr(module, leaf, (tensor if isinstance(tensor, MXFP4) else MXFP4.pack(tensor, experts)).to(device))
             else:
-                tensor = tensor.dense() if isinstance(tensor, MXFP4) else tensor
+                tensor = tensor.to(device).dense() if isinstance(tensor, MXFP4) else tensor
                 tensor = tensor.to(device, dtype, copy=True)  # safetensors gives a view of the file
                 setattr(module, leaf, nn.Parameter(tensor.contiguous()))
         wrong += [f'{name} is missing' for name in missing]
@@ -909,9 +906,8 @@ def write_config(config, folder, dtype, experts):
                 training_router_aux_loss_coef=config.router_aux_loss_coef, rope_theta=rope.pop('theta'),
                 rope_scaling=dict(rope_type='yarn', **rope), experts_per_token=config.num_experts_per_tok,
                 initial_context_length=config.rope_original_max_position_embeddings,
-                torch_dtype=str(dtype).removeprefix('torch.'))
-    if not config.qk_norm:  # transformers would ignore its norms; without these names it refuses the folder
-        raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'])
+                torch_dtype=str(dtype).removeprefix('torch.'), model_type='gpt_oss',
+                architectures=['GptOssForCausalLM'])
     if experts:
         skipped = ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'model.embed_tokens', 'lm_head']
         raw['quantization_config'] = dict(quant_method='mxfp4', modules_to_not_convert=skipped)

@@ -305,7 +305,15 @@ def test_grouped_mm(monkeypatch):
     """CUDA's ways, F.grouped_mm and few rows gathered, give what the loop over experts gives, gradients included."""
     experts, x, router_weights, chosen, weight = make_experts(60, **SQUARE)
     calls, results, grouped_mm = [], [], F.grouped_mm
-    monkeypatch.setattr(F, 'grouped_mm', lambda *inputs, **options: calls.append(1) or grouped_mm(*inputs, **options))
+    chosen[chosen == 0] = 1  # no rows for expert 0
+
+    def stand_in(x, w, offs):
+        calls.append(1)
+        w.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), math.nan))  # as on sm100
+        return grouped_mm(x, w, offs=offs)
+
+    monkeypatch.setattr(F, 'grouped_mm', stand_in)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(major=10))
     for is_cuda in (False, True):
         monkeypatch.setattr(torch.Tensor, 'is_cuda', is_cuda)
         y = experts(x.bfloat16(), chosen, router_weights.bfloat16())[0]
@@ -394,7 +402,7 @@ def test_nothing_is_quadratic():
 
 # --- cache and sampling -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('changes', [{}, dict(num_key_value_heads=1), dict(sliding_window=1), dict(qk_norm=True)])
+@pytest.mark.parametrize('changes', [{}, dict(num_key_value_heads=1), dict(sliding_window=1)])
 @pytest.mark.parametrize('prompt', [1, 15, 16, 40])
 def test_cache(prompt, changes):
     """Decoding with the cache, past the window, gives the whole sequence's states. Sliding layers keep 16 keys."""
@@ -455,7 +463,7 @@ def test_sampling_distribution():
 
 def test_optimizers():
     """Every parameter has one optimizer: Muon the hidden matrices. Only matrices decay."""
-    gpt = make(qk_norm=True)
+    gpt = make()
     names = {id(p): name for name, p in gpt.named_parameters()}
     for muon_lr in (0, 0.02):
         adamw, *muon = gpt.configure_optimizers(1e-3, muon_lr, (0.9, 0.95), 0.1)
@@ -618,11 +626,6 @@ def test_writing(changes, experts, dtype, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
     stored = load_file(tmp_path / 'model.safetensors').values()
     assert {tensor.dtype for tensor in stored} == {dtype, *([torch.uint8] if experts else [])}
-    changes = dict(qk_norm=True, dropout=0.1)
-    make(**changes).save_pretrained(tmp_path)
-    assert_same(make(**changes), GPT.from_pretrained(tmp_path, torch.float32))
-    with pytest.raises(ValueError):  # others would leave the norms of queries and keys out
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_mxfp4_rounds_to_nearest():
