@@ -54,7 +54,7 @@ export = ''  # folder to write the model to, adapters merged, for transformers a
 
 def load(folder, dtype, device):
     """The model of a checkpoint, its tokenizer, and the block size of its training, or 0 if that is unknown."""
-    merge_first = export and (folder / 'adapter.json').exists()  # save_pretrained packs the merged experts
+    merge_first = export and (folder / 'adapter_config.json').exists()  # save_pretrained packs the merged experts
     model = GPT.from_pretrained(folder, dtype, device, None if merge_first else experts or None)
     if model.lora and (merge_first or not experts):
         model.merge_lora()
@@ -184,7 +184,7 @@ def main():
     if export and os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
         config.fail(f'{export} exists already; --export needs a new folder')
     folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
-    found = [str(folder) for folder in folders for file in ('config.json', 'adapter.json') if (folder / file).exists()]
+    found = [str(folder) for folder in folders for file in ('config.json', 'adapter_config.json') if (folder / file).exists()]
     if not init_from and not found:
         config.fail(f'{out_dir} holds no checkpoint: python train.py writes one; --out_dir or --init_from name another')
     folder = find_checkpoint(init_from or found[0])
