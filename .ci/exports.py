@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -39,7 +40,7 @@ QUESTION = CHATS[1][:1]
 TRICKY = "It's 12345 o'clock!  Übermut,\n\n\tnaïve 日本語 🙂🙂 don't... x_1=2;   end "
 
 # Others round the ends of YaRN's ramp, so this is set wherever logits are compared.
-EXACT = 'python train.py --rope_truncate=True --eval_interval=50'
+EXACT = 'python train.py --rope_truncate=True --eval_interval=50 --eval_iters=2 --sample_tokens=0'
 MXFP4 = '--dtype=float32 --experts=mxfp4'
 STORY = [  # from nothing to a story in llama.cpp, as the README has it
     'python train.py',
@@ -48,21 +49,21 @@ STORY = [  # from nothing to a story in llama.cpp, as the README has it
     'llama.cpp/build/bin/llama-completion -m story.gguf -p "Once upon a time" -n 200 -no-cnv --temp 0']
 MODELS = {  # export: (its data, commands that make it)
     'story': ('builtin', STORY[:2]),
-    'fp32': ('builtin', [f'{EXACT} --init_from=out/best --out_dir=exact --max_iters=50',
+    'fp32': ('builtin', [f'{EXACT} --init_from=out/best --out_dir=exact --max_iters=50 --batch_size=4',
                          'python sample.py --out_dir=exact --export=fp32 --dtype=float32']),
     'bf16': ('builtin', ['python sample.py --out_dir=exact --export=bf16']),
     'mxfp4': ('builtin', [f'python sample.py --out_dir=exact --export=mxfp4 {MXFP4}']),
-    'merged': ('builtin', [f'{EXACT} --init_from=exact/best --out_dir=adapters --lora_rank=4 --max_iters=50',
+    'merged': ('builtin', [f'{EXACT} --init_from=exact/best --out_dir=adapters --lora_rank=4 --max_iters=50 --batch_size=4',
                            'python sample.py --out_dir=adapters --export=merged --dtype=float32']),
-    'tied': ('builtin', [f'{EXACT} --tie_word_embeddings=True --out_dir=tied --max_iters=100',
-                         f'python sample.py --out_dir=tied --export=tied {MXFP4}']),
+    'tied': ('builtin', [f'{EXACT} --tie_word_embeddings=True --out_dir=tied-run --max_iters=100 --batch_size=4',
+                         f'python sample.py --out_dir=tied-run --export=tied {MXFP4}']),
     'gpt2': ('gpt2', ['python prepare.py --dataset=builtin --megabytes=1 --tokenizer=gpt2 --data_dir=data/gpt2',
-                      f'{EXACT} --data_dir=data/gpt2 --out_dir=gpt2-run --max_iters=100 --batch_size=4',
+                      f'{EXACT} --data_dir=data/gpt2 --out_dir=gpt2-run --max_iters=50 --batch_size=4',
                       f'python sample.py --out_dir=gpt2-run --export=gpt2 {MXFP4}']),
     'chat': ('lights', ['python prepare.py --dataset=chats.jsonl --tokenizer=bpe --vocab_size=300 '
                         '--data_dir=data/lights',
                         f'{EXACT} --data_dir=data/lights --out_dir=lights --block_size=320 --batch_size=4 '
-                        '--max_iters=100 --sample_tokens=0',
+                        '--max_iters=100',
                         f'python sample.py --out_dir=lights --export=chat {MXFP4}'])}
 
 
@@ -110,8 +111,9 @@ def write_reference(name, data):
     from prepare import Chat, encode_text, load_tokenizer
     model, encoder = GPT.from_pretrained(WORK / name, torch.float32), load_tokenizer(WORK / name)
     tokens = np.fromfile(data / 'val.bin', read_json(data / 'meta.json')['dtype']).astype(np.int64)
-    documents = np.split(tokens, np.flatnonzero(tokens == encoder.eot_token) + 1)
-    prompt = max(documents, key=len)[:-LENGTH - 10]  # longer than the window; the continuation does not end before
+    ends = np.flatnonzero(tokens == encoder.eot_token)
+    begin = ends[ends > 110][0]  # of a document, which does not end in the continuation
+    prompt = tokens[begin - 106:begin + 30]  # longer than the window
     everything = model.generate(torch.tensor(prompt)[None], LENGTH, temperature=0)
     logits = model(everything[:, :-1], everything[:, 1:])[0][0, len(prompt) - 1:]
     np.save(WORK / f'{name}.npy', logits.detach().numpy())
@@ -273,14 +275,14 @@ def llama_cpp(folder, ours):
 
 EVERY = list(MODELS)
 PROGRAMS = {  # name: (function, exports, packages of its environment, the program first)
-    'transformers-4': (transformers, EVERY, 'transformers==4.57.6 torch'),
-    'transformers-5': (transformers, EVERY, 'transformers==5.24.0 torch'),
-    'peft-old': (peft, ['merged'], 'peft==0.17.1 transformers==4.57.6 torch'),
-    'peft-new': (peft, ['merged'], 'peft==0.21.2 transformers==5.24.0 torch'),
-    'trl': (trl, ['chat'], 'trl==1.16.0 transformers==5.24.0 torch'),
+    'transformers-4': (transformers, EVERY, 'transformers==4.57.6 accelerate'),
+    'transformers-5': (transformers, EVERY, 'transformers==5.24.0 accelerate'),
+    'peft-old': (peft, ['merged'], 'peft==0.17.1 transformers==4.57.6'),
+    'peft-new': (peft, ['merged'], 'peft==0.21.2 transformers==5.24.0'),
+    'trl': (trl, ['chat'], 'trl==1.16.0 transformers==5.24.0'),
     'mlx-lm': (mlx_lm, ['mxfp4', 'tied', 'gpt2', 'chat'], 'mlx-lm==0.32.2 mlx[cpu]'),
-    'onnxruntime-genai': (onnxruntime_genai, ['fp32'], 'onnxruntime-genai==0.18.0 onnx onnx-ir torch transformers==4.57.6'),
-    'llama.cpp': (llama_cpp, [name for name in EVERY if name != 'merged'], f'{SOURCES} torch transformers==4.57.6'),
+    'onnxruntime-genai': (onnxruntime_genai, ['fp32'], 'onnxruntime-genai==0.18.0 onnx onnx-ir transformers==4.57.6'),
+    'llama.cpp': (llama_cpp, [name for name in EVERY if name != 'merged'], f'{SOURCES} transformers==4.57.6'),
 }
 NOT_TRIED = {'mlx-lm==0.32.2': ('fp32, bf16', 'it reads experts in MXFP4 alone'),
              'vLLM==': ('all', 'only its loader was read'), 'SGLang==': ('all', 'only its loader was read'),
@@ -308,6 +310,8 @@ def environment(name, packages):
     folder = FOLDER / 'environments' / name
     if not (folder / 'complete').exists():
         venv.create(folder, clear=True, with_pip=True)
+        packages_of = next(folder.glob('lib/*/site-packages'))
+        (packages_of / 'project.pth').write_text(sysconfig.get_path('purelib'))  # torch is installed there
         subprocess.run([folder / 'bin' / 'pip', 'install', '-q', *packages.split()], check=True)
         (folder / 'complete').touch()
     return folder / 'bin' / 'python'
