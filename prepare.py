@@ -24,7 +24,7 @@ import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import fsspec
@@ -174,8 +174,7 @@ def read_file(file):
 
 def opened(file):
     """A binary stream. A URL is first copied to a temporary folder, because it is read more than once."""
-    local = os.path.isfile(file) or '://' not in file
-    return open(file, 'rb') if local else fsspec.open(f'simplecache::{file}')
+    return open(file, 'rb') if os.path.isfile(file) or '://' not in file else fsspec.open(f'simplecache::{file}')
 
 
 def blocks(file):
@@ -229,20 +228,24 @@ def csv_rows(lines):
 
 def table_rows(table):
     """Yield (where, row) of a pyarrow.parquet.ParquetFile or a split of the hub. Only the columns in use are read."""
+    # Arrow gives each object the keys of all others
+    drop_nulls = lambda fields: {key: value for key, value in fields.items() if value is not None}
     if hasattr(table, 'iter_batches'):
         batches = table.iter_batches(100, columns=columns_in_use(table.schema_arrow.names))
     else:
         columns = columns_in_use(table.column_names or next(iter(table), {}))
         batches = table.select_columns(columns).with_format('arrow').iter(batch_size=1000)
     for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-        yield f'row {number}', row
+        chat = any(isinstance(value, list) for value in row.values())
+        yield f'row {number}', json.loads(json.dumps(row), object_hook=drop_nulls) if chat else row
 
 
 def columns_in_use(names):
     """The columns that hold the text or the chat. The others are not read."""
-    for columns in ([text_column], ['messages'], ['conversations'], ['instruction', 'output']):
+    for columns, more in (([text_column], ''), (['messages'], 'tools'), (['conversations'], 'tools'),
+                          (['instruction', 'output'], 'input')):
         if set(columns) <= set(names):
-            return columns + ['input'] * (columns[0] == 'instruction' and 'input' in names)
+            return columns + [more] * (more in names)
     raise ValueError(f'no column {text_column!r} or messages; the columns are {", ".join(names)}; set --text_column')
 
 
@@ -250,22 +253,21 @@ def documents(rows):
     """Yield rows as pieces: a text, or the Chat of messages. Empty texts are skipped."""
     for where, row in rows:
         try:
-            column, *more = columns_in_use(row if isinstance(row, dict) else ())
+            column = columns_in_use(row if isinstance(row, dict) else ())[0]
             value = row[column]
-            if more:  # alpaca
-                asked = [row[name] for name in ('instruction', 'input') if row.get(name) not in EMPTY]
-                asked = '\n\n'.join(asked) if all(isinstance(text, str) for text in asked) else asked
+            if column == 'instruction':  # alpaca
+                asked = '\n\n'.join(filter(None, (row['instruction'], row.get('input'))))
                 value = [dict(role='user', content=asked), dict(role='assistant', content=row['output'])]
             if isinstance(value, list):
-                value = Chat(value)
-                if not any(channel == 'final' for _, channel, _ in value.parts):
-                    raise ValueError('the chat has no final answer of the assistant')
-                if found := SPECIAL.search(value.text()):
+                value = Chat(value, row.get('tools'))
+                if all(m['role'] != 'assistant' or m.get('channel') == 'analysis' for m in value.messages):
+                    raise ValueError('the chat has no answer of the assistant')
+                if found := SPECIAL.search(json.dumps([value.messages, value.tools])):
                     raise ValueError(f'a message holds {found[0]}, but its content is text alone')
             elif not isinstance(value, str) or column in ('messages', 'conversations'):
                 raise ValueError(f'{value!r:.40} in the column {column!r} is no text; the columns are {", ".join(row)}')
             plain(value).encode()  # raises for half of a surrogate pair
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f'{where}: {error}') from error
         if value:
             yield value, True
@@ -296,26 +298,40 @@ def text_file(blocks):
         text, searched = text[start:], (len(text) if len(text) - start > 2 * PIECE else searched) - start
 
 
-# --- chats, in the harmony format of gpt-oss: https://github.com/openai/harmony ---
+# --- chats, which config/chat_template.jinja writes in the harmony format of gpt-oss ---
 HARMONY = '<|start|>', '<|message|>', '<|channel|>', '<|end|>', '<|return|>', '<|call|>'
-ROLES, CHANNELS = ('system', 'developer', 'user', 'assistant'), ('analysis', 'commentary', 'final')
-FIELDS = dict(role='role', content='content', value='content', channel='channel', weight='weight', train='weight',
-              thinking='thinking', reasoning_content='thinking', reasoning='thinking') | {'from': 'role'}
+FIELDS = {name: name for name in 'role content channel weight thinking tool_calls tool_call_id name'.split()}
+FIELDS |= dict(value='content', train='weight', reasoning='thinking', reasoning_content='thinking') | {'from': 'role'}
 EMPTY = None, '', [], {}
 SPECIAL = re.compile(r'<\|(?:start|message|channel|constrain|end|return|call|startoftext|endoftext)\|>')
-SYSTEM = ('You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n\nReasoning: {}\n\n'
-          '# Valid channels: analysis, commentary, final. Channel must be included for every message.')
+LEARNT = '<|generation|>'  # begins and ends what a rendered turn teaches
+TOKEN, LETTERS = re.compile(r'(<\|\w+\|>)'), '<\ue000|'  # a token that the template wrote; a <| in its input
+
+
+@cache
+def chat_template():
+    """The template. It writes LEARNT in place of the tags `generation`, which transformers alone knows."""
+    import jinja2  # torch needs it too
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    environment = jinja2.Environment()
+    environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
+    environment.globals['raise_exception'] = raise_exception
+    source = Path(config.ROOT, 'config', 'chat_template.jinja').read_text(encoding='utf-8')
+    return environment.from_string(re.sub(r'{%- (end)?generation -%}', "{{- '" + LEARNT + "' -}}", source))
 
 
 class Chat:
-    """A conversation as .parts [(role, channel, text)], from messages {role, content} as chat APIs have them.
+    """A conversation: messages {role, content} and tools, as chat APIs have them. Raises ValueError.
 
-    A message of the assistant can have its reasoning in `thinking`, or a `channel`: analysis, commentary or final.
-    The parts whose indices are in .context, those of messages with weight 0, are not trained on.
+    A message of the assistant can have its reasoning in `thinking`, a `channel`, `tool_calls`, and a `weight` of 0: it
+    is not learnt. A message of a tool answers the last call, or that of its `tool_call_id`, or the function `name`.
     """
 
-    def __init__(self, messages):
-        self.parts, self.context = [], set()
+    def __init__(self, messages, tools=None):
+        self.messages, self.tools = [], json.loads(tools) if isinstance(tools, str) else tools
         for number, message in enumerate(messages, 1):
             fields = {}
             for key, value in message.items() if isinstance(message, dict) else ():
@@ -323,61 +339,47 @@ class Chat:
                     if key not in FIELDS or fields.setdefault(FIELDS[key], value) != value:
                         raise ValueError(f'message {number} has {key!r}: {value!r:.100}, which is unknown or differs '
                                          f'from another name of the field; known are {", ".join(FIELDS)}')
-            role, text, thinking = fields.get('role'), fields.get('content'), fields.get('thinking')
-            channel, weight = fields.get('channel'), fields.get('weight')
-            role = dict(human='user', gpt='assistant').get(str(role), role)  # ShareGPT's names
-            if (role not in ROLES or not isinstance(text, str) or not isinstance(thinking, str | None)
-                    or channel not in (None, *CHANNELS) or weight not in (None, 0, 1)
-                    or role != 'assistant' and (channel or thinking or weight)):
-                raise ValueError(f'message {number} is {message!r:.200}; it needs a role ({", ".join(ROLES)}) and '
-                                 f'content that is text; the assistant can have a channel ({", ".join(CHANNELS)}), '
-                                 'thinking that is text, and a weight of 0 or 1')
-            if role in ('system', 'developer'):
-                role, text = 'developer', f'# Instructions\n\n{text}'  # the system message of harmony is SYSTEM
-            begin = len(self.parts)
-            if thinking:
-                self.parts.append((role, 'analysis', thinking))
-            self.parts.append((role, (channel or 'final') if role == 'assistant' else '', text))
-            self.context.update(range(begin, len(self.parts)) if weight == 0 else ())
+            role = fields.get('role')
+            fields['role'] = dict(human='user', gpt='assistant').get(str(role), role)  # ShareGPT's names
+            self.messages.append(fields)
+        # a text for each final answer, after all before it, and for calls at the end
+        ends = [i for i, message in enumerate(self.messages, 1) if message['role'] == 'assistant'
+                and not message.get('tool_calls') and message.get('channel', 'final') == 'final']
+        self.turns = [self.render(self.messages[:end]) for end in sorted({*ends, len(self.messages)})]
+
+    def render(self, messages, **options):
+        """The text of messages. TOKEN finds the special tokens; LETTERS stands for a <| of the messages."""
+        given = json.dumps(dict(messages=messages, tools=self.tools)).replace('<|', '<\\ue000|')
+        return chat_template().render(json.loads(given), **options)
 
     def text(self):
-        """All characters of the conversation, to train a tokenizer on."""
-        return '\n'.join((SYSTEM.format('medium'), 'system', *itertools.chain(*self.parts)))
+        """All characters that are encoded, to train a tokenizer on."""
+        return TOKEN.sub('\n', '\n'.join(self.turns)).replace(LETTERS, '<|')
 
     def prompt(self, encoder, effort='medium'):
-        """Token ids up to the point where the assistant answers. Earlier analysis is left out."""
-        seen = [part for part in self.parts if part[1] != 'analysis']
-        return render(encoder, [('system', '', SYSTEM.format(effort)), *seen, ('assistant', '', None)])
+        """Token ids up to the point where the assistant answers. Analysis before a final answer is left out."""
+        return encode_turn(encoder, self.render(self.messages, add_generation_prompt=True, reasoning_effort=effort))[0]
 
     def examples(self, encoder):
-        """Yield (token ids, mask) of each turn of the assistant, after its prompt. The mask is 1 on targets."""
-        begin, seen = 0, Chat([])
-        for end, (role, channel, _) in enumerate(self.parts, 1):
-            if role != 'assistant':
-                begin = end
-            elif channel == 'final':
-                seen.parts = self.parts[:begin]
-                tokens, skip = seen.prompt(encoder), len(render(encoder, [('assistant', '', None)]))
-                mask = [0] * len(tokens)
-                for i in range(begin, end):
-                    part = render(encoder, self.parts[i:i + 1])[skip:]  # the prompt ends with the first header
-                    tokens, mask, skip = tokens + part, mask + [int(i not in self.context)] * len(part), 0
-                tokens[-1] = encoder.encode_single_token('<|return|>')
-                if any(mask):
-                    yield tokens, mask
-                begin = end
+        """Yield (token ids, mask) of each turn that is learnt. The mask is 1 on targets."""
+        for turn in self.turns:
+            tokens, mask = encode_turn(encoder, turn)
+            if any(mask):
+                yield tokens, mask
 
 
-def render(encoder, parts):
-    """Token ids of parts (role, channel, text); text None gives the header alone. Texts hold no special tokens."""
-    tokens, special = [], encoder.encode_single_token
-    for role, channel, text in parts:
-        tokens += [special('<|start|>'), *encoder.encode_ordinary(role)]
-        if channel:
-            tokens += [special('<|channel|>'), *encoder.encode_ordinary(channel)]
-        if text is not None:
-            tokens += [special('<|message|>'), *encode_text(encoder, text), special('<|end|>')]
-    return tokens
+def encode_turn(encoder, text):
+    """(token ids, mask) of what Chat.render returns."""
+    tokens, mask, learnt = [], [], 0
+    for part in TOKEN.split(text):
+        if part == LEARNT:
+            learnt = 1 - learnt
+        elif TOKEN.fullmatch(part):
+            tokens.append(encoder.encode_single_token(part))
+        else:
+            tokens += encode_text(encoder, part.replace(LETTERS, '<|'))
+        mask += [learnt] * (len(tokens) - len(mask))
+    return tokens, mask
 
 
 def plain(document):
@@ -386,8 +388,10 @@ def plain(document):
 
 # --- tokenizers, each a tiktoken.Encoding ---
 END = '<|endoftext|>'
-PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
-UNBROKEN = re.compile(r'([^\W\d_]{1024}|(?:[^\w\s]|_){1024}|\s{1024})')
+PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]',  # GPT-2's for bpe, which other programs know as gpt-2
+            'bpe': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
+RUN = 2 ** 16  # characters of white space that tiktoken can split
+UNBROKEN = re.compile(r'([^\W_]{1024}|(?:[^\w\s]|_){1024}|\s{1024})')
 
 
 def encoding(name, ranks=None, special=(END,)):
@@ -418,24 +422,10 @@ def load_tokenizer(folder):
         raise ValueError(f'{folder} gives no tokenizer ({type(error).__name__}: {error})')
 
 
-def stop_tokens(encoder):
-    """The tokens that end a continuation: end of text and, in a chat, the end of a turn or a call of a tool."""
-    return [encoder.encode_single_token(token) for token in (END, '<|return|>', '<|call|>')
-            if token in encoder.special_tokens_set]
-
-
-def check_characters(encoder, text):
-    """Raise ValueError for a character that a char tokenizer does not have. The other tokenizers have every byte."""
+def encode_text(encoder, text):
+    """Token ids of a text. Special tokens in it are encoded as letters. Raises ValueError."""
     if encoder.name == 'char' and (unknown := set(text) - set(map(bytes.decode, encoder.token_byte_values()))):
         raise ValueError(f'the char tokenizer has no {", ".join(map(repr, sorted(unknown)))}; use bpe or byte')
-
-
-RUN = 2 ** 16  # characters
-
-
-def encode_text(encoder, text):
-    """Token ids of a text. Special tokens in it are encoded as letters."""
-    check_characters(encoder, text)
     if not any(text[i:i + RUN].isspace() for i in range(0, len(text) - RUN + 1, RUN)):
         return encoder.encode_ordinary(text)
     # The regular expressions of tiktoken overflow their stack in long runs of white space, those of tokenizers do not.
@@ -500,40 +490,43 @@ def divide(source, chats):
         position += len(text) if by_text else ends
 
 
+def batches(pieces):
+    """Lists of pieces with PIECE characters or more; the last one may have fewer."""
+    batch, size = [], 0
+    for split, text, ends in pieces:
+        batch.append((split, text, ends))
+        size += len(plain(text))
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
 def encode(batch, encoder, dtype):
-    """Yield (split, ends, token ids, mask, bytes, spelled) of pieces. A text has no mask; a chat has targets' bytes."""
-    as_tokens = encoder.special_tokens_set if special_tokens else ()
+    """[(split, ends, token ids, mask, bytes, spelled)] of pieces. A text has no mask; a chat has targets' bytes."""
+    rows, as_tokens = [], encoder.special_tokens_set if special_tokens else ()
     for split, text, ends in batch:
+        tokens, mask, size, spelled = [], None, 0, 0
         if isinstance(text, Chat):
-            tokens, mask, size, spelled = [], [], 0, 0
+            mask = []
             for ids, targets in text.examples(encoder):
                 tokens += [*ids, encoder.eot_token]
                 mask += [*targets, 0]
                 size += len(encoder.decode_bytes(list(itertools.compress(ids, targets))))
         else:
             tokens = (encode_prompt if special_tokens else encode_text)(encoder, text) + [encoder.eot_token] * ends
-            mask, size = [], len(text.encode())
-            spelled = sum(token not in as_tokens for token in SPECIAL.findall(text))
-        yield split, ends, np.array(tokens, dtype), bytes(mask), size, spelled
+            size, spelled = len(text.encode()), sum(token not in as_tokens for token in SPECIAL.findall(text))
+        rows.append((split, ends, np.array(tokens, dtype), mask, size, spelled))
+    return rows
 
 
-def encoded(pieces, encoder, dtype, chats):
-    """Yield what `encode` does, in order, from threads that take batches of PIECE characters."""
-    threads, waiting, batch, size = num_proc or os.cpu_count(), [], [], 0
+def encoded(pieces, encoder, dtype):
+    """Yield what `encode` returns, from threads that take a batch each. Few batches are in memory at a time."""
+    work, threads = batches(pieces), num_proc or os.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
-        for split, text, ends in pieces:
-            if isinstance(text, Chat) != chats:
-                raise ValueError(f'{dataset} holds texts and chats; prepare them one at a time')
-            batch.append((split, text, ends))
-            size += len(plain(text))
-            if size >= PIECE:
-                waiting.append(pool.submit(list, encode(batch, encoder, dtype)))
-                batch, size = [], 0
-            if len(waiting) > 2 * threads:  # bounds the memory
-                yield from waiting.pop(0).result()
-        for future in waiting:
-            yield from future.result()
-        yield from encode(batch, encoder, dtype)
+        while group := list(itertools.islice(work, 4 * threads)):
+            for rows in pool.map(partial(encode, encoder=encoder, dtype=dtype), group):
+                yield from rows
 
 
 def write_data(folder, pieces, encoder, chats):
@@ -549,15 +542,17 @@ def write_data(folder, pieces, encoder, chats):
         new, names = Path(new), ['train', 'val', 'train_mask', 'val_mask'] if chats else ['train', 'val']
         bins = {name: stack.enter_context(open(new / f'{name}.bin', 'wb')) for name in names}
         # closed in this thread, even where writing fails, because it waits for its own threads
-        rows = stack.enter_context(closing(encoded(pieces, encoder, dtype, chats)))
+        rows = stack.enter_context(closing(encoded(pieces, encoder, dtype)))
         for split, ends, tokens, mask, size, spelled in tqdm(rows, 'tokenising', leave=False):
+            if chats != (mask is not None):
+                raise ValueError(f'{dataset} holds texts and chats; prepare them one at a time')
             bins[split].write(tokens)
             meta[f'{split}_tokens'] += len(tokens)
             meta[f'{split}_bytes'] += size
             meta[f'{split}_documents'] += ends
             meta['spelled_special_tokens'] += spelled
             if chats:
-                bins[f'{split}_mask'].write(mask)
+                bins[f'{split}_mask'].write(bytes(mask))
                 meta[f'{split}_targets'] += sum(mask)
         stack.close()  # the bins are complete
         documents = meta['train_documents'] + meta['val_documents']
@@ -609,6 +604,12 @@ def main():
     if number := meta['spelled_special_tokens']:
         hint = f'{encoder.name} does not have them' if special_tokens else '--special_tokens=True reads them as tokens'
         print(f'{number:,} spellings of special tokens, such as {END}, were read as letters; {hint}')
+    if chats:
+        tokens = np.concatenate([np.fromfile(folder / f'{split}.bin', meta['dtype']) for split in ('train', 'val')])
+        lengths = np.diff(np.flatnonzero(tokens == encoder.eot_token), prepend=-1) - 1
+        sizes = [size for size in (256, 512, 1024, 2048, 4096, 8192, 16384) if size < lengths.max()]
+        print(f'{len(lengths):,} turns, with all before them: median {np.median(lengths):,.0f} tokens, longest '
+              f'{lengths.max():,}', *(f'{(lengths > size).sum():,} over {size:,}' for size in sizes), sep=', ')
     print(f'{folder}: {meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} validation tokens')
 
 
