@@ -170,7 +170,7 @@ def write_tokenizer(encoder, folder):
     """Write tokenizer.json and its configurations for transformers, and add the ids of tokens to config.json."""
     tokenizer_json(encoder).save(str(folder / 'tokenizer.json'))
     options = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, eos_token=END,
-                   pad_token=END)
+                   pad_token=END, model_input_names=['input_ids', 'attention_mask'])  # 4.57 adds types otherwise
     if '<|start|>' in encoder.special_tokens_set:
         options['eos_token'] = '<|return|>'
         shutil.copy(config.ROOT / 'config/chat_template.jinja', folder)
@@ -217,11 +217,10 @@ def main():
     if export and os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
         config.fail(f'{export} exists already; --export needs a new folder')
     folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
-    files = 'config.json', 'adapter_config.json', 'adapter.json'  # find_checkpoint refuses the last, an old format
-    found = [str(folder) for folder in folders for file in files if (folder / file).exists()]
+    found = [str(folder) for folder in folders if [*folder.glob('*config.json'), *folder.glob('adapter.json')]]
     if not init_from and not found:
         config.fail(f'{out_dir} holds no checkpoint: python train.py writes one; --out_dir or --init_from name another')
-    folder = find_checkpoint(init_from or found[0])
+    folder = find_checkpoint(init_from or found[0])  # refuses adapter.json, the format of the past
     where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     model, encoder, block_size = load(folder, getattr(torch, kind), where)
     torch.manual_seed(seed)  # after loading, because add_lora draws random numbers

@@ -1005,6 +1005,7 @@ def test_export(tmp_path):
                       experts_per_token=2, initial_context_length=64, transformers_version='4.55.0') == raw
     assert torch.equal(load_file(out / 'model.safetensors')['lm_head.weight'], gpt.lm_head.weight)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert set(transformers.AutoTokenizer.from_pretrained(out)('the')) == {'input_ids', 'attention_mask'}
     idx = torch.tensor([tokens['val'][:20]])
     torch.testing.assert_close(theirs(idx).logits, gpt.eval()(idx, idx)[0], atol=1e-4, rtol=1e-4)
     assert GPT.from_pretrained(out).config.router_aux_loss_coef == 0.1
