@@ -108,14 +108,15 @@ def write_reference(name, data):
     from prepare import Chat, encode_text, load_tokenizer
     model, encoder = GPT.from_pretrained(WORK / name, torch.float32), load_tokenizer(WORK / name)
     tokens = np.fromfile(data / 'val.bin', read_json(data / 'meta.json')['dtype']).astype(np.int64)
+    chats = '<|start|>' in encoder.special_tokens_set
     ends = np.flatnonzero(tokens == encoder.eot_token)
-    begin = ends[ends > 110][0]  # of a document that does not end in the continuation
-    prompt = tokens[begin - 106:begin + 30]  # longer than the window
+    begin = ends[ends > 110][0] + 1  # of a document, which does not end in the continuation
+    prompt = tokens[begin - (0 if chats else 106):begin + 30]  # longer than the window; chats are learnt one at a time
     everything = model.generate(torch.tensor(prompt)[None], LENGTH, temperature=0)
     logits = model(everything[:, :-1], everything[:, 1:])[0][0, len(prompt) - 1:]
     np.save(WORK / f'{name}.npy', logits.detach().numpy())
     ours = dict(prompt=prompt.tolist(), tokens=everything[0, len(prompt):].tolist(), text=encode_text(encoder, TEXT))
-    if '<|start|>' in encoder.special_tokens_set:
+    if chats:
         ours['question'] = Chat(QUESTION).prompt(encoder)
         ours['examples'] = [list(Chat(chat).examples(encoder))[-1] for chat in CHATS]  # of the last turn
     (WORK / f'{name}.json').write_text(json.dumps(ours))
@@ -275,7 +276,7 @@ PROGRAMS = {  # name and version: (function, exports, packages)
     'trl==1.16.0': (trl, ['chat'], 'trl==1.16.0 transformers==5.24.0'),
     'mlx-lm==0.32.2': (mlx_lm, ['mxfp4', 'tied', 'gpt2', 'chat'], 'mlx-lm==0.32.2 mlx[cpu]'),
     'onnxruntime-genai==0.18.0': (onnxruntime_genai, ['fp32'],
-                                  'onnxruntime-genai==0.18.0 onnx onnx-ir transformers==4.57.6'),
+                                  'onnxruntime-genai==0.18.0 onnx onnx-ir transformers==5.24.0'),
     'llama.cpp==llama-cpp-python 0.3.36': (llama_cpp, EXPORTS, 'transformers==4.57.6 diskcache jinja2')}
 NOT_TRIED = {'mlx-lm==0.32.2': ('fp32, bf16', 'it reads experts in MXFP4 alone'),
              'vLLM': ('all', 'its loader was read'), 'SGLang': ('all', 'its loader was read'),
