@@ -43,7 +43,7 @@ STORY = ['python train.py',
          'python sample.py --export=story',
          'python .ci/llama_cpp_convert.py llama.cpp gpt-2 story --outfile=story.gguf',
          'llama.cpp/build/bin/llama-simple -m story.gguf -n 200 "Once upon a time"']
-# Others round the ends of YaRN's ramp, so this is set wherever logits are compared.
+# Others round the ends of YaRN's ramp, except for onnxruntime-genai and transformers, which compare `story` too.
 TRAIN = 'python train.py --rope_truncate=True --eval_interval=50 --eval_iters=2 --sample_tokens=0 --batch_size=4'
 RUNS = [STORY[0],
         f'{TRAIN} --out_dir=out-exact --init_from=out/best --max_iters=50',
@@ -101,25 +101,28 @@ def make_exports():
 
 
 def write_reference(name):
-    """Write what our code makes of an export: a greedy continuation, its logits, tokens of a text and of chats."""
+    """Write what our code makes of an export: a greedy continuation, or an answer, and its logits; tokens of texts."""
     sys.path.insert(0, str(WORK))
     import torch
     from model import GPT, read_json
     from prepare import Chat, encode_text, load_tokenizer
     model, encoder = GPT.from_pretrained(WORK / name, torch.float32), load_tokenizer(WORK / name)
-    data = WORK / 'data' / EXPORTS[name][0]
-    tokens = np.fromfile(data / 'val.bin', read_json(data / 'meta.json')['dtype']).astype(np.int64)
-    chats = '<|start|>' in encoder.special_tokens_set
-    ends = np.flatnonzero(tokens == encoder.eot_token)
-    begin = ends[ends > 110][0] + 1  # of a document, which does not end in the continuation
-    prompt = tokens[begin - (0 if chats else 106):begin + 30]  # longer than the window; chats are learnt one at a time
-    everything = model.generate(torch.tensor(prompt)[None], LENGTH, temperature=0)
-    logits = model(everything[:, :-1], everything[:, 1:])[0][0, len(prompt) - 1:]
-    np.save(WORK / f'{name}.npy', logits.detach().numpy())
-    ours = dict(prompt=prompt.tolist(), tokens=everything[0, len(prompt):].tolist(), text=encode_text(encoder, TEXT))
-    if chats:
-        ours['question'] = Chat(QUESTION).prompt(encoder)
+    ours, data = dict(text=encode_text(encoder, TEXT)), WORK / 'data' / EXPORTS[name][0]
+    if '<|start|>' in encoder.special_tokens_set:
+        ours['prompt'] = Chat(QUESTION).prompt(encoder)
         ours['examples'] = [list(Chat(chat).examples(encoder))[-1] for chat in CHATS]  # of the last turn
+    else:  # longer than the window; the document that begins in the prompt does not end in the continuation
+        tokens = np.fromfile(data / 'val.bin', read_json(data / 'meta.json')['dtype'])
+        ends = np.flatnonzero(tokens == encoder.eot_token)
+        begin = ends[ends > 110][0]
+        ours['prompt'] = tokens[begin - 106:begin + 30].tolist()
+    n, stops = len(ours['prompt']), read_json(WORK / name / 'generation_config.json')['eos_token_id']
+    everything = model.generate(torch.tensor([ours['prompt']]), LENGTH, temperature=0)
+    ours['tokens'] = everything[0, n:].tolist()
+    stop = next((i for i, token in enumerate(ours['tokens'], 1) if token in stops), LENGTH)
+    ours['tokens'] = ours['tokens'][:stop]
+    logits = model(everything[:, :-1], everything[:, 1:])[0][0, n - 1:n - 1 + stop]
+    np.save(WORK / f'{name}.npy', logits.detach().numpy())
     (WORK / f'{name}.json').write_text(json.dumps(ours))
 
 
@@ -132,7 +135,7 @@ def same(what, found, expected):
 
 
 def close(logits, expected, limit=1e-4):
-    """A row on logits (LENGTH, V), up to a constant. With a limit of 0 the loss is compared, to 0.002 nats."""
+    """A row on logits (T, V), up to a constant. With a limit of 0 the loss is compared, to 0.002 nats."""
     logits, expected = np.asarray(logits, np.float64), np.asarray(expected, np.float64)
     logits, expected = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (logits, expected))
     if limit:
@@ -149,7 +152,7 @@ def transformers(folder, ours):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype='float32').float()  # MXFP4 is unpacked to bf16
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt, n = torch.tensor([ours.prompt]), len(ours.prompt)
-    options = dict(max_new_tokens=LENGTH, do_sample=False)
+    options = dict(max_new_tokens=len(ours.tokens), do_sample=False)
     found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, n:]
     yield same('greedy tokens', found.tolist(), ours.tokens)
     logits = model(torch.tensor([ours.prompt + ours.tokens])).logits[0, n - 1:-1]
@@ -158,12 +161,9 @@ def transformers(folder, ours):
     expected = tokenizer.decode(model.generate(**tokenizer(TEXT, return_tensors='pt'), **options)[0], True)
     found = pipeline('text-generation', model, tokenizer=tokenizer)(TEXT, **options)[0]['generated_text']
     yield same('characters of a pipeline', found, expected)
-    if hasattr(ours, 'question'):
+    if hasattr(ours, 'examples'):
         chat = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
-        yield same('chat template', chat['input_ids'], ours.question)
-        answer = model.generate(torch.tensor([ours.question]), **options)[0]
-        answer = tokenizer.decode(answer[len(ours.question):])
-        yield 'answer to a chat', answer, all(text in answer for text in ANSWER)
+        yield same('chat template', chat['input_ids'], ours.prompt)
 
 
 def mlx_lm(folder, ours):
@@ -171,13 +171,13 @@ def mlx_lm(folder, ours):
     from mlx_lm import load
     from mlx_lm.generate import generate_step
     model, tokenizer = load(str(folder))
-    found = generate_step(mx.array(ours.prompt), model, max_tokens=LENGTH)
+    found = generate_step(mx.array(ours.prompt), model, max_tokens=len(ours.tokens))
     yield same('greedy tokens', [int(token) for token, _ in found], ours.tokens)
     logits = model(mx.array([ours.prompt + ours.tokens]))[0, len(ours.prompt) - 1:-1]
     yield close(np.array(logits.astype(mx.float32)), ours.logits, 1e-3)
     yield same('tokens of a text', tokenizer.encode(TEXT), ours.text)
-    if hasattr(ours, 'question'):
-        yield same('chat template', tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True), ours.question)
+    if hasattr(ours, 'examples'):
+        yield same('chat template', tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True), ours.prompt)
 
 
 def onnxruntime_genai(folder, ours):
@@ -188,11 +188,11 @@ def onnxruntime_genai(folder, ours):
     subprocess.run([sys.executable, *build, '-p', 'fp32', '-e', 'cpu'], check=True)
     model = og.Model(str(onnx))
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=len(ours.prompt) + LENGTH)
+    parameters.set_search_options(do_sample=False, max_length=len(ours.prompt + ours.tokens))
     generator = og.Generator(model, parameters)
     generator.append_tokens(ours.prompt)
     logits = []
-    for _ in range(LENGTH):
+    for _ in ours.tokens:
         logits.append(generator.get_logits()[0, -1])
         generator.generate_next_token()
     yield same('greedy tokens', generator.get_sequence(0)[len(ours.prompt):].tolist(), ours.tokens)
@@ -209,7 +209,7 @@ def peft(folder, ours):
     tokens, n = torch.tensor([ours.prompt + ours.tokens]), len(ours.prompt)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(WORK / 'out-exact/best'),
                                       WORK / 'out-adapters/best')
-    found = model.generate(input_ids=tokens[:, :n], attention_mask=torch.ones(1, n), max_new_tokens=LENGTH,
+    found = model.generate(input_ids=tokens[:, :n], attention_mask=torch.ones(1, n), max_new_tokens=len(ours.tokens),
                            do_sample=False)[0, n:]
     yield same('greedy tokens', found.tolist(), ours.tokens)
     yield close(model(tokens).logits[0, n - 1:-1].detach(), ours.logits)
@@ -257,15 +257,15 @@ def llama_cpp(folder, ours):
                   type_v=GGML_TYPE_F32, verbose=False)
     n = len(ours.prompt)
     model.eval(ours.prompt)
-    for i in range(LENGTH):
+    for i in range(len(ours.tokens)):
         model.eval([int(model.scores[n + i - 1].argmax())])
     if folder.name != 'story':
-        yield same('greedy tokens', model.input_ids[n:n + LENGTH].tolist(), ours.tokens)
+        yield same('greedy tokens', model.input_ids[n:model.n_tokens].tolist(), ours.tokens)
     model.reset()
     model.eval(ours.prompt + ours.tokens)
-    yield close(model.scores[n - 1:n - 1 + LENGTH], ours.logits, 1e-4 * (folder.name in ('fp32', 'merged')))
+    yield close(model.scores[n - 1:model.n_tokens - 1], ours.logits, 1e-4 * (folder.name in ('fp32', 'merged')))
     yield same('tokens of a text', model.tokenize(TEXT.encode(), add_bos=False), ours.text)
-    if hasattr(ours, 'question'):
+    if hasattr(ours, 'examples'):
         answer = model.create_chat_completion(QUESTION, temperature=0, max_tokens=60)['choices'][0]['message']
         yield 'answer to a chat', answer['content'], all(text in answer['content'] for text in ANSWER)
 
@@ -277,7 +277,7 @@ PROGRAMS = {  # name and version: (function, exports, packages)
     'peft==0.21.2': (peft, ['merged'], 'peft==0.21.2 transformers==5.24.0'),
     'trl==1.16.0': (trl, ['chat'], 'trl==1.16.0 transformers==5.24.0'),
     'mlx-lm==0.32.2': (mlx_lm, ['mxfp4', 'tied', 'gpt2', 'chat'], 'mlx-lm==0.32.2 mlx[cpu]'),
-    'onnxruntime-genai==0.18.0': (onnxruntime_genai, ['fp32'],
+    'onnxruntime-genai==0.18.0': (onnxruntime_genai, ['story'],
                                   'onnxruntime-genai==0.18.0 onnx onnx-ir transformers==5.24.0'),
     'llama.cpp==llama-cpp-python 0.3.36': (llama_cpp, EXPORTS, 'transformers==4.57.6 diskcache jinja2')}
 NOT_TRIED = {'mlx-lm==0.32.2': ('fp32, bf16', 'it reads experts in MXFP4 alone'),
