@@ -135,7 +135,8 @@ def same(what, found, expected):
 
 
 def close(logits, expected, limit=1e-4):
-    """A row on logits (T, V), up to a constant. With a limit of 0 the loss is compared, to 0.002 nats."""
+    """A row on logits (T, V), up to a constant. With a limit of 0 the loss is compared: llama.cpp rounds activations to
+    8 bits or bf16 there, which moves a log-probability by 0.02, so the mean of 60 by some thousandths."""
     logits, expected = np.asarray(logits, np.float64), np.asarray(expected, np.float64)
     logits, expected = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (logits, expected))
     if limit:
@@ -143,7 +144,7 @@ def close(logits, expected, limit=1e-4):
         return 'log-probabilities', f'{worst:.1g} apart at most (limit {limit:g})', worst <= limit
     best = np.arange(len(expected)), expected.argmax(-1)
     apart = abs((logits - expected)[best].mean())
-    return 'loss of our tokens', f'{apart:.1g} nats apart (limit 0.002)', apart <= 0.002
+    return 'loss of our tokens', f'{apart:.1g} nats apart (limit 0.01)', apart <= 0.01
 
 
 def transformers(folder, ours):
@@ -159,8 +160,9 @@ def transformers(folder, ours):
     yield close(logits.detach(), ours.logits)
     yield same('tokens of a text', tokenizer.encode(TEXT), ours.text)
     expected = tokenizer.decode(model.generate(**tokenizer(TEXT, return_tensors='pt'), **options)[0], True)
-    found = pipeline('text-generation', model, tokenizer=tokenizer)(TEXT, **options)[0]['generated_text']
-    yield same('characters of a pipeline', found, expected)
+    found = pipeline('text-generation', model, tokenizer=tokenizer)(
+        TEXT, **options, clean_up_tokenization_spaces=False)  # 4.57 would drop spaces before full stops
+    yield same('characters of a pipeline', found[0]['generated_text'], expected)
     if hasattr(ours, 'examples'):
         chat = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
         yield same('chat template', chat['input_ids'], ours.prompt)
