@@ -105,12 +105,12 @@ def write_reference(name):
     sys.path.insert(0, str(WORK))
     import torch
     from model import GPT, read_json
-    from prepare import Chat, encode_text, load_tokenizer
+    from prepare import Chat, encode_text, encode_turn, load_tokenizer
     model, encoder = GPT.from_pretrained(WORK / name, torch.float32), load_tokenizer(WORK / name)
     ours, data = dict(text=encode_text(encoder, TEXT)), WORK / 'data' / EXPORTS[name][0]
     if '<|start|>' in encoder.special_tokens_set:
         ours['prompt'] = Chat(QUESTION).prompt(encoder)
-        ours['examples'] = [list(Chat(chat).examples(encoder))[-1] for chat in CHATS]  # of the last turn
+        ours['examples'] = [encode_turn(encoder, Chat(chat).turns[-1]) for chat in CHATS]
     else:  # longer than the window; the document that begins in the prompt does not end in the continuation
         tokens = np.fromfile(data / 'val.bin', read_json(data / 'meta.json')['dtype'])
         ends = np.flatnonzero(tokens == encoder.eot_token)
