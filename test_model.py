@@ -1333,19 +1333,21 @@ def assert_close_runs(out, other):
         assert (p - q).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize('flags', [[], ['--fsdp=True']], ids=['DDP', 'FSDP2'])
-def test_two_processes(flags, fox, tmp_path):
-    """Two processes give the numbers of one, which resumes what they began. Their checkpoint holds the whole model."""
-    one, two, log = tmp_path / 'one', tmp_path / 'two', tmp_path / 'log'
+@pytest.mark.parametrize('number, flags', [(2, []), (2, ['--fsdp=True']), (4, ['--fsdp=True', '--shard_size=2'])],
+                         ids=['DDP', 'FSDP2', 'HSDP'])
+def test_processes(number, flags, fox, tmp_path):
+    """Processes give the numbers of one, which resumes what they began. Their checkpoint holds the whole model."""
+    one, many, log = tmp_path / 'one', tmp_path / 'many', tmp_path / 'log'
     common = [f'--data_dir={fox}/data', *TINY, '--max_iters=12', '--eval_interval=4', '--log_interval=1',
-              '--warmup_iters=3', '--num_local_experts=3', '--tie_word_embeddings=True']  # 3: not divisible by 2
+              '--warmup_iters=3', '--num_local_experts=3', '--tie_word_embeddings=True',  # 3: not divisible by 2
+              '--gradient_accumulation_steps=3']
     finished(log, *common, f'--out_dir={one}')
-    finished(log, *common, *flags, f'--out_dir={two}', processes=2)
-    assert_close_runs(two, one)
-    finished(log, *common, *flags, f'--out_dir={two}', '--overwrite', processes=2, trap=('step', 7))
-    assert state_of(two / 'last')['step'] < 12
-    finished(log, f'--out_dir={two}', '--init_from=resume')
-    assert_close_runs(two, one)
+    finished(log, *common, *flags, f'--out_dir={many}', processes=number)
+    assert_close_runs(many, one)
+    finished(log, *common, *flags, f'--out_dir={many}', '--overwrite', processes=number, trap=('step', 7))
+    assert state_of(many / 'last')['step'] < 12
+    finished(log, f'--out_dir={many}', '--init_from=resume')
+    assert_close_runs(many, one)
 
 
 @pytest.fixture(scope='session')

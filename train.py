@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,9 +32,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 from filelock import FileLock
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm.auto import tqdm
 
 from model import GPT, GPTConfig, find_checkpoint, open_file, read_json, save_file, write_json
@@ -89,6 +90,7 @@ dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: what t
 compile: bool | None = None  # torch.compile; None: on cuda only
 recompute = False  # activation checkpointing: less memory for a third more time
 fsdp = False  # under torchrun: shard weights, gradients and moments over the processes
+shard_size = 0  # with fsdp: processes that share one copy of them; 0: those of a node
 seed = 1337  # of weights, batches and dropout
 # -----------------------------------------------------------------------------
 settings, given = config.read(__file__, model=True)
@@ -175,7 +177,8 @@ if rank == 0:
 source, state = newest_checkpoint() if init_from == 'resume' else (None, SimpleNamespace(**NEW))
 if source:  # the settings of the run win over the defaults above; flags and config files win over both
     known = config.declared('model.py') | config.declared('train.py')
-    for key in state.settings.keys() & known.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}:
+    of_a_start = {'out_dir', 'init_from', 'overwrite', 'fsdp', 'shard_size'}
+    for key in state.settings.keys() & known.keys() - given - of_a_start:
         settings[key] = config.convert(f'{source}/state.json: {key}', state.settings[key], known[key][0])
     globals().update(settings)
 check(source or overwrite or not held, f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
@@ -195,6 +198,8 @@ check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsd
 # its processes. For example, 8 processes and 12 batches: 4 teams of 2, and a process takes half of each of 3 batches.
 teams = math.gcd(world, gradient_accumulation_steps)
 team_size, micro_steps = world // teams, gradient_accumulation_steps // teams
+shard_size = shard_size or int(os.environ.get('LOCAL_WORLD_SIZE', world))
+check(not fsdp or world % shard_size == 0, f'{world} processes cannot form groups of shard_size ({shard_size})')
 check(batch_size % team_size == 0, f'{team_size} processes cannot divide a batch of {batch_size} sequences evenly')
 if distributed and device != 'cpu':  # gloo does not reach mps
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if torch.cuda.is_available() else 'cpu'
@@ -328,15 +333,23 @@ def load_model():
 
 
 def shard(model):
-    """Divide the model of rank 0 over the processes by FSDP2, layer by layer."""
+    """Divide the model of rank 0 by FSDP2, layer by layer. Each shard_size processes hold a whole copy: weights travel
+    among them, and gradients between the copies once a step."""
+    shape = world // shard_size, shard_size
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=('copies', 'parts'))
+
+    def placement(p):  # the first dimension that divides evenly, or else the first, which is padded
+        return Shard(next((dim for dim, size in enumerate(p.shape) if size % shard_size == 0), 0))
+
+    spread = partial(fully_shard, mesh=mesh, shard_placement_fn=placement)
     weights = {} if rank else model.state_dict()  # keeps the tensors
     model.to('meta').tie_weights()
     for layer in model.model.layers:
         if dtype != 'float32' and not model.lora:  # experts compute in 16 bits, so they are gathered in them
             policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
-            fully_shard(layer.mlp.experts, mp_policy=policy)
-        fully_shard(layer)
-    fully_shard(model).to_empty(device=device).reset_counters(device)
+            spread(layer.mlp.experts, mp_policy=policy)
+        spread(layer)
+    spread(model).to_empty(device=device).reset_counters(device)
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(model, weights, options=options)
 
@@ -572,8 +585,10 @@ with one_line_errors():
         # the mean number of targets in a part of a batch; dividing by it gives every target of the step equal weight
         count = summed(sum((y >= 0).sum() for _, y in parts)).clamp(min=1) / (micro_steps * world)
         for micro_step, (x, y) in enumerate(parts, 1):
-            if distributed and not fsdp:
-                run.require_backward_grad_sync = micro_step == micro_steps  # DDP sums gradients once a step
+            if fsdp:
+                model.set_requires_all_reduce(micro_step == micro_steps)  # between copies, once a step
+            elif distributed:
+                run.require_backward_grad_sync = micro_step == micro_steps
             with autocast:
                 loss = run(x, y, return_logits=False, count=count)[1]
             scaler.scale(loss / micro_steps).backward()
