@@ -33,9 +33,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict  # dcp.state_dict
 from filelock import FileLock
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_optimizer_state_dict, set_model_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -342,8 +341,7 @@ def load_model():
 def shard(model):
     """Divide the model of rank 0 by FSDP2, layer by layer. Each shard_size processes hold a whole copy: weights travel
     among them, and gradients between the copies once a step."""
-    shape = world // shard_size, shard_size
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=('copies', 'parts'))
+    mesh = init_device_mesh(device_type, (world // shard_size, shard_size), mesh_dim_names=('copies', 'parts'))
 
     def placement(p):  # the first dimension that divides evenly, or else the first, which is padded
         return Shard(next((dim for dim, size in enumerate(p.shape) if size % shard_size == 0), 0))
@@ -357,8 +355,8 @@ def shard(model):
             spread(layer.mlp.experts, mp_policy=policy)
         spread(layer)
     spread(model).to_empty(device=device).reset_counters(device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=options)
+    options = dcp.state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp.state_dict.set_model_state_dict(model, weights, options=options)
 
 
 def gathered():
@@ -382,23 +380,21 @@ def gathered():
 def optimizer_state():
     """{name: tensor} of the state of the optimizers and of the rows of each expert: what a resumed run needs beside the
     weights. They are the tensors themselves, with FSDP2 DTensors."""
-    found = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    options = dcp.state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    found = dcp.state_dict.get_optimizer_state_dict(model, optimizers, options=options)
     tensors = {name: value for name, value in found.items() if torch.is_tensor(value)}
     return tensors | dict(expert_load=model.expert_load)
 
 
 def load_optimizer_state(folder):
     """Load what any number of processes wrote. Each process reads its parts."""
-    ours, reader = optimizer_state(), dcp.HuggingFaceStorageReader(folder)
+    warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # that is meant: each reads for itself
+    reader = dcp.HuggingFaceStorageReader(folder)
     try:
-        saved = reader.read_metadata().state_dict_metadata
-        for name, tensor in ours.items():
-            found = saved[name]
-            held = sum(chunk.sizes.numel() for chunk in found.chunks)  # less where a process's file is missing
-            if (found.size, found.properties.dtype, held) != (tensor.shape, tensor.dtype, tensor.numel()):
-                raise ValueError(f'{name} is {tuple(found.size)}, expected {tuple(tensor.shape)}')
-        warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # no_dist is meant
-        dcp.load(ours, storage_reader=reader, no_dist=True)
+        for name, saved in reader.read_metadata().state_dict_metadata.items():
+            if sum(chunk.sizes.numel() for chunk in saved.chunks) != saved.size.numel():
+                raise ValueError(f'parts of {name} are missing')
+        dcp.load(optimizer_state(), storage_reader=reader, no_dist=True)
     except (Exception, dcp.api.CheckpointException) as error:  # damaged headers raise many types
         config.fail(f'{folder} does not fit these optimizers ({type(error).__name__}); --init_from={folder} '
                     '--out_dir=NEW starts another run from the weights')
@@ -490,7 +486,10 @@ def write_files(folders, whole, moments, run_state):
         new, old = folder.with_suffix('.new'), folder.with_suffix('.old')
         if fsdp and folder == last:  # a file for each process; it returns when all are written
             storage = dcp.HuggingFaceStorageWriter(new, save_distributed=True, thread_count=2)  # 1 would use CUDA
-            dcp.save(moments, storage_writer=storage, process_group=writers)
+            try:
+                dcp.save(moments, storage_writer=storage, process_group=writers)
+            except dcp.api.CheckpointException as error:
+                raise OSError(*(cause for cause, _ in error.failures.values())) from None
         if rank > 0:
             continue
         whole.save_adapter(new) if whole.lora else whole.save_pretrained(new)
