@@ -127,7 +127,7 @@ def one_line_errors():
         if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', str(error)):
             config.fail(f'{device} is out of memory; try --recompute=True, or halve --batch_size and double '
                         '--gradient_accumulation_steps')
-        check('closed by peer' not in str(error), 'another process ended; its message says why')
+        check(not re.search('(closed|reset) by peer', str(error)), 'another process ended; its message says why')
         raise
 
 

@@ -378,7 +378,7 @@ def test_killed_processes(where, number, tmp_path):
         assert_close_runs(many, one)
 
 
-@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True']], ids=['ddp', 'fsdp'])
+@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True'], ['--fsdp=True', '--shard_size=1']], ids=['ddp', 'fsdp', 'hsdp'])
 def test_adapters_of_two_processes(fsdp, undisturbed, tmp_path):
     """Adapters, whose checkpoints do not hold the base model: stopped, resumed, and equal to those of one process."""
     log, flags = tmp_path / 'log', [f'--data_dir={undisturbed[0]}', f'--init_from={undisturbed[1]}/best', *MODEL[3:],
@@ -393,7 +393,7 @@ def test_adapters_of_two_processes(fsdp, undisturbed, tmp_path):
 
 def torchrun(nodes, number, restarts, out, *arguments):
     """train.py by the documented command, with `nodes` torchruns of `number` processes in all. Rank 1 is killed once,
-    after the first checkpoint -> (exit statuses, stderr)."""
+    after the first checkpoint -> (exit statuses, stderr, seconds from the kill to the end)."""
     with socket.socket() as free:
         free.bind(('', 0))
         port = free.getsockname()[1]
@@ -410,11 +410,12 @@ def torchrun(nodes, number, restarts, out, *arguments):
             with contextlib.suppress(OSError):  # it ended
                 if str(out) in (process / 'cmdline').read_text() and '\0RANK=1\0' in (process / 'environ').read_text():
                     os.kill(int(process.name), signal.SIGKILL)
+        killed = time.time()
         errors = [agent.communicate(timeout=300)[1] for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
-    return [agent.returncode for agent in agents], ''.join(errors)
+    return [agent.returncode for agent in agents], ''.join(errors), time.time() - killed
 
 
 @pytest.mark.parametrize('nodes, number, fsdp', [(1, 2, []), (1, 2, ['--fsdp=True']), (2, 2, []),
@@ -425,11 +426,10 @@ def test_torchrun(nodes, number, fsdp, tmp_path):
     one, many = tmp_path / 'one', tmp_path / 'many'
     common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--batch_size=8']
     done(start(tmp_path / 'log', 'train.py', *common, f'--out_dir={one}'))
-    began = time.time()
-    statuses, errors = torchrun(nodes, number, 0, many, *common, *fsdp)
-    assert '-9' in errors and all(statuses) and time.time() - began < 60, errors
+    statuses, errors, seconds = torchrun(nodes, number, 0, many, *common, *fsdp)
+    assert '-9' in errors and all(statuses) and seconds < 60, errors
     shutil.rmtree(many)
-    statuses, errors = torchrun(nodes, number, 1, many, *common, *fsdp)
+    statuses, errors, _ = torchrun(nodes, number, 1, many, *common, *fsdp)
     assert '-9' in errors and not any(statuses), errors
     assert_close_runs(many, one)
 
