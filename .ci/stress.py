@@ -398,8 +398,8 @@ def torchrun(nodes, number, restarts, out, *arguments):
         free.bind(('', 0))
         port = free.getsockname()[1]
     command = ['torchrun', f'--nnodes={nodes}', '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}',
-               f'--nproc_per_node={number // nodes}', f'--max-restarts={restarts}', ROOT / 'train.py', f'--out_dir={out}',
-               '--init_from=resume', *arguments]
+               f'--nproc_per_node={number // nodes}', f'--max-restarts={restarts}', ROOT / 'train.py',
+               f'--out_dir={out}', '--init_from=resume', *arguments]
     options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                    env=os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'))
     agents = [subprocess.Popen(command, **options) for _ in range(nodes)]
