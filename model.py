@@ -436,7 +436,7 @@ class GPT(nn.Module):
         self.config = config
         self.recompute = False  # activation checkpointing: backward computes each block again instead of keeping it
         self.group = None  # torch.distributed: the processes that share a batch sum their expert counts
-        self.source = None  # the base and the overrides of from_pretrained
+        self.source = None  # what from_pretrained loaded, and its overrides for adapter_config.json
         self.lora = None  # the arguments of add_lora
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -594,7 +594,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if not p.requires_grad:
                 continue
-            if muon_lr and p.dim() >= 2 and '.layers.' in name and name.endswith('weight'):
+            if muon_lr and not self.lora and p.dim() >= 2 and '.layers.' in name and name.endswith('weight'):
                 hidden.setdefault((p.shape, 2 if 'gate_up' in name else 1), []).append(p)
             else:
                 (decay if p.dim() >= 2 and not name.endswith('bias') else rest).append(p)
@@ -619,10 +619,10 @@ class GPT(nn.Module):
             raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; the rank must be 1 to hidden_size, alpha '
                              'above 0, and the model without adapters')
         self.requires_grad_(False)
-        self.lora = dict(lora_rank=rank, lora_alpha=alpha)
+        self.lora = dict(r=rank, lora_alpha=alpha)
         for module, weight, name in self.adapted():
             matrix = getattr(module, weight)
-            setattr(module, name, LoRA(matrix.shape, rank, alpha / rank).to(matrix.device))
+            setattr(module, name, LoRA(matrix.shape, rank, alpha / rank, name == 'gate_up_lora').to(matrix.device))
             self.recompute |= isinstance(matrix, MXFP4)  # or autograd stores all unpacked experts until backward
 
     @torch.no_grad()
@@ -631,8 +631,9 @@ class GPT(nn.Module):
         if any(isinstance(module, MXFP4) for module in self.modules()):
             raise ValueError("MXFP4 experts cannot hold merged adapters; load without experts='mxfp4'")
         for module, weight, name in self.adapted():
-            lora = getattr(module, name)
-            getattr(module, weight).add_(lora.b @ lora.a, alpha=lora.scale)
+            lora, matrices = getattr(module, name), getattr(module, weight)
+            for e, matrix in enumerate(matrices.view(-1, *matrices.shape[-2:])):
+                matrix.add_(lora(torch.eye(matrix.size(1), device=matrix.device), e).mT)
             setattr(module, name, None)
         self.source = self.lora = None
         self.requires_grad_(True)
@@ -645,7 +646,7 @@ class GPT(nn.Module):
         fields of GPTConfig. Raises ValueError, which names the tensors that do not fit.
         """
         folder = find_checkpoint(path)
-        if (folder / 'adapter.json').is_file():
+        if (folder / 'adapter_config.json').is_file():
             return load_adapter(cls, folder, dtype, device, experts, overrides)
         if 'dropout' in overrides:
             overrides.setdefault('attention_dropout', None)
@@ -670,7 +671,7 @@ class GPT(nn.Module):
             raise ValueError(f'{folder} does not fit its config: {"; ".join(wrong[:10])} ({len(wrong)} in all)')
         model.tie_weights()
         model.reset_counters(device)
-        model.source = dict(base=str(path), overrides=overrides)
+        model.source = str(path), dict(overrides=overrides) if overrides else {}
         return model
 
     def save_pretrained(self, path, dtype=None, experts=None, shard_size=5e9):
@@ -697,23 +698,26 @@ class GPT(nn.Module):
                 index['weight_map'] |= dict.fromkeys(tensors, file)
             if large:
                 write_json(Path(new, 'model.safetensors.index.json'), index)
-            for old in (*folder.glob('model*.safetensors*'), *folder.glob('adapter.*')):
+            for old in (*folder.glob('model*.safetensors*'), *folder.glob('adapter_*')):
                 old.unlink()
             for file in Path(new).iterdir():
                 file.replace(folder / file.name)
 
     def save_adapter(self, path):
-        """Write adapter.safetensors, and adapter.json, which names the base model that from_pretrained loads."""
+        """Write adapter_model.safetensors and adapter_config.json, which names the base model, in PEFT's format."""
         folder = Path(path)
         if not self.lora or not self.source or (folder / 'config.json').exists():
             raise ValueError(f'{folder} holds a whole model, or there are no adapters of a saved model to write: '
                              'from_pretrained(folder), then add_lora()')
         folder.mkdir(parents=True, exist_ok=True)
-        base = Path(self.source['base'])
-        base = str(base.resolve() if base.exists() else base)  # a hub id stays as it is
-        write_json(folder / 'adapter.json', dict(base=base, overrides=self.source['overrides'], **self.lora))
-        save_file({name: p.detach() for name, p in self.named_parameters() if 'lora.' in name},
-                  folder / 'adapter.safetensors')
+        base, overrides = self.source
+        base = str(Path(base).resolve() if os.path.exists(base) else base)  # a hub id stays as it is
+        write_json(folder / 'adapter_config.json', dict(
+            peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, inference_mode=True, **self.lora,
+            target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'],
+            target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'], **overrides))
+        save_file({peft_name(name): p.detach() for name, p in self.named_parameters() if 'lora.' in name},
+                  folder / 'adapter_model.safetensors')
 
 
 def draw(logits, temperature, top_k, top_p, min_p):
@@ -803,43 +807,60 @@ def orthogonalize(x, dtype):
 # 5. checkpoints
 
 class LoRA(nn.Module):
-    """A low-rank adapter, scale * B A, of a matrix (out, in) or of each of a stack (E, out, in). arXiv:2106.09685."""
+    """A low-rank adapter, scale * B A, of a matrix (out, in) or of each of a stack (E, out, in). arXiv:2106.09685.
 
-    def __init__(self, shape, rank, scale):
+    The tensors are PEFT's: lora_A.weight (E * r, in), expert by expert; lora_B.weight (out, r * E), where the expert
+    runs fastest. interleaved: the rows of B are a gate and an up in turn, as in the published gate_up_proj.
+    """
+
+    def __init__(self, shape, rank, scale, interleaved):
         super().__init__()
-        *stack, rows, columns = shape
-        self.a = nn.Parameter(torch.empty(*stack, rank, columns).uniform_(-1, 1) / columns ** 0.5)
-        self.b = nn.Parameter(torch.zeros(*stack, rows, rank))
-        self.scale = scale
+        self.experts, rows, columns = (1, *shape)[-3:]
+        self.lora_A = Linear(columns, self.experts * rank, bias=False)
+        self.lora_B = Linear(self.experts * rank, rows, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.scale, self.interleaved = scale, interleaved
 
-    def forward(self, x, expert=...):
-        return F.linear(F.linear(x, self.a[expert].to(x.dtype)), self.b[expert].to(x.dtype)) * self.scale
+    def forward(self, x, expert=0):
+        a = self.lora_A.weight.unflatten(0, (self.experts, -1))[expert]
+        b = self.lora_B.weight.unflatten(1, (-1, self.experts))[..., expert]
+        b = torch.cat((b[0::2], b[1::2])) if self.interleaved else b
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scale
+
+
+def peft_name(name):  # PEFT wraps the experts twice: for gate_up_proj inside, in base_layer, and for down_proj outside
+    name = name.replace('gate_up_lora.', 'base_layer.').replace('down_lora.', '').replace('.lora.', '.')
+    return f'base_model.model.{name}'
 
 
 def load_adapter(cls, folder, dtype, device, experts, overrides):
-    """Load the base model that adapter.json names, then its adapters."""
-    raw = read_json(folder / 'adapter.json')
+    """Load the base model that adapter_config.json names, then its adapters. Those that the file lacks stay zero."""
+    raw, usual = read_json(folder / 'adapter_config.json'), dict(peft_type='LORA', bias='none', init_lora_weights=True)
+    harmless = ('auto_mapping base_model_name_or_path inference_mode layers_to_transform lora_alpha lora_dropout '
+                'megatron_core overrides peft_version qalora_group_size r target_modules target_parameters task_type')
     try:
-        model = cls.from_pretrained(raw['base'], dtype, device, experts, **(raw['overrides'] | overrides))
-        model.add_lora(raw['lora_rank'], raw['lora_alpha'])
-        with open_file(folder / 'adapter.safetensors') as file:
-            adapters = {name: file.get_tensor(name) for name in file.keys()}
-        missing, unexpected = model.load_state_dict(adapters, strict=False)
-        if unexpected or any('lora.' in name for name in missing):
-            raise ValueError(f'{sorted(adapters)[:3]} ... are not the adapters of {raw["base"]}')
+        for key in raw.keys() - harmless.split():
+            if raw[key] not in (usual.get(key), None, False, [], {}):
+                raise ValueError(f'{key} is {raw[key]!r:.99}, an option of PEFT that is not supported')
+        overrides = raw.get('overrides', {}) | overrides
+        model = cls.from_pretrained(raw['base_model_name_or_path'], dtype, device, experts, **overrides)
+        model.add_lora(raw['r'], raw['lora_alpha'])
+        ours = {peft_name(name): name for name, _ in model.named_parameters() if 'lora.' in name}
+        with open_file(folder / 'adapter_model.safetensors') as file:
+            model.load_state_dict({ours[name]: file.get_tensor(name) for name in file.keys()}, strict=False)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {error})') from error
     return model
 
 
 def find_checkpoint(path):
-    """The folder with config.json or adapter.json: path, its original/, or a download by hub id. Raises ValueError."""
-    for file in (Path(path, 'adapter.json'), Path(path, 'config.json'), Path(path, 'original', 'config.json')):
+    """The folder with (adapter_)config.json: path, its original/, or a download by hub id. Raises ValueError."""
+    for file in (Path(path, 'adapter_config.json'), Path(path, 'config.json'), Path(path, 'original', 'config.json')):
         if os.path.isfile(file):  # Path.is_file raises OSError for names that are too long
             return file.parent
     if os.path.exists(path) or str(path).count('/') != 1:
-        peft = ', but adapters of PEFT, which are not supported' if Path(path, 'adapter_config.json').exists() else ''
-        raise ValueError(f'{str(path):.200} has no config.json{peft}, and it is no hub id such as openai/gpt-oss-20b')
+        old = '; the version that wrote its adapter.json can --export it' if Path(path, 'adapter.json').exists() else ''
+        raise ValueError(f'{str(path):.200} has no config.json, and it is no hub id such as openai/gpt-oss-20b{old}')
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path), allow_patterns=['*.json', 'model*', 'adapter*', 'tokenizer.tiktoken']))
@@ -868,7 +889,7 @@ def read_config(folder):
     openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
                   initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',
                   rope_ntk_alpha='rope_beta_slow', rope_ntk_beta='rope_beta_fast')
-    flat = {openai.get(key, key): value for key, value in raw.items()}
+    flat = {openai.get(key, key): value for key, value in raw.items()} | raw
     try:
         if rope := raw.get('rope_parameters') or raw.get('rope_scaling'):
             # transformers' defaults for missing keys; gpt-oss's files have all keys
@@ -883,8 +904,8 @@ def read_config(folder):
         for key, only in (('swiglu_alpha', 1.702), ('attention_bias', True), ('hidden_act', 'silu')):
             if raw.get(key, only) != only:
                 raise ValueError(f'{key} is {raw[key]}; gpt-oss has {only}')
-        if not raw.get('output_router_logits'):
-            flat['router_aux_loss_coef'] = 0.0
+        if not raw.get('output_router_logits'):  # then published coefficients, such as gpt-oss's 0.9, are not in use
+            flat['router_aux_loss_coef'] = raw.get('training_router_aux_loss_coef', 0.0)
         if 'sliding_window' not in raw:  # null: no window
             flat['layer_types'] = [FULL] * flat['num_hidden_layers']
         return GPTConfig(**{field.name: flat[field.name] for field in fields(GPTConfig) if field.name in flat})
@@ -895,13 +916,14 @@ def read_config(folder):
 def write_config(config, folder, dtype, experts):
     raw = asdict(config)
     rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
-    raw |= dict(hidden_act='silu', attention_bias=True, output_router_logits=config.router_aux_loss_coef > 0,
-                rope_theta=rope.pop('theta'), rope_scaling=dict(rope_type='yarn', **rope),
+    # transformers before 5.16 cannot generate with output_router_logits; Ollama reads two of OpenAI's names
+    raw |= dict(hidden_act='silu', attention_bias=True, output_router_logits=False, transformers_version='4.55.0',
+                training_router_aux_loss_coef=config.router_aux_loss_coef, rope_theta=rope.pop('theta'),
+                rope_scaling=dict(rope_type='yarn', **rope), experts_per_token=config.num_experts_per_tok,
+                initial_context_length=config.rope_original_max_position_embeddings,
                 torch_dtype=str(dtype).removeprefix('torch.'))
     if not config.qk_norm:  # transformers would ignore its norms; without these names it refuses the folder
         raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'])
-    if config.vocab_size == 201088:
-        raw |= dict(eos_token_id=200002, pad_token_id=199999)  # <|return|> and <|endoftext|> of o200k_harmony
     if experts:
         skipped = ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'model.embed_tokens', 'lm_head']
         raw['quantization_config'] = dict(quant_method='mxfp4', modules_to_not_convert=skipped)

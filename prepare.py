@@ -22,12 +22,14 @@ import os
 import random
 import re
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import fsspec
+import jinja2
 import numpy as np
 import tiktoken
 from tqdm.auto import tqdm
@@ -35,7 +37,7 @@ from tqdm.auto import tqdm
 # -----------------------------------------------------------------------------
 # the corpus
 dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .jsonl .json .csv .parquet file, glob or URL; builtin
-text_column = 'text'  # column with the text; without it, the column messages holds chats
+text_column = ''  # column with the text; empty: messages, conversations, instruction and output, or else text
 max_docs = 0  # read at most this many documents of each split; 0 reads all
 val_fraction = 0.1  # for validation: the last of the documents, or of the text where there are fewer than 10
 megabytes = 8.0  # size of the built-in corpus
@@ -109,6 +111,7 @@ def builtin_stories(megabytes, seed):
 
 # --- sources: lists of (name, function that yields pieces). A piece is (text or Chat, True where a document ends) ---
 KINDS = '.txt', '.jsonl', '.json', '.csv', '.parquet'
+BESIDE_A_CHAT = 'tools', 'system', 'history', 'functions', 'system_prompt'  # columns; all but the first are refused
 OFFLINE = '; offline: --dataset=builtin or a .txt file, --tokenizer=byte, char or bpe, or set TIKTOKEN_CACHE_DIR'
 
 
@@ -135,7 +138,8 @@ def open_sources():
     if files:
         return {'train': [(file, partial(read_file, file)) for file in files]}
     if glob.has_magic(dataset) or os.path.exists(dataset) or Path(dataset).suffix in KINDS:
-        config.fail(f'{dataset}: no such file (for a folder, name the files: {dataset}/*.txt)')
+        config.fail(f'{dataset}: ' + (f'a folder; name its files: {dataset}/*.txt' if folder == Path(dataset)
+                                      else 'no such file'))
     import datasets  # slow to import
     name, _, subset = dataset.partition(':')
     with reading(f'{dataset} (no such file, so a Hugging Face dataset)', OFFLINE):
@@ -159,39 +163,32 @@ def pieces_of(sources):
 
 
 def read_file(file):
-    """The pieces of a local file or URL."""
-    kind = Path(file).suffix
-    if kind == '.parquet':
-        from pyarrow import parquet
-        with opened(file) as stream:
+    """The pieces of a local file or URL. A URL is first copied to a temporary folder."""
+    kind, remote = Path(file).suffix, '://' in file and not os.path.isfile(file)
+    with fsspec.open(f'simplecache::{file}') if remote else open(file, 'rb') as stream:
+        if kind == '.parquet':
+            from pyarrow import parquet
             yield from documents(table_rows(parquet.ParquetFile(stream)))
-    elif kind == '.txt':
-        yield from text_file(blocks(file))
-    else:
-        lines = itertools.chain.from_iterable(io.StringIO(block, newline='') for block in blocks(file))
-        yield from documents(csv_rows(lines) if kind == '.csv' else json_rows(lines))
+        elif kind == '.txt':
+            yield from text_file(blocks(stream))
+        else:
+            lines = itertools.chain.from_iterable(io.StringIO(block, newline='') for block in blocks(stream))
+            yield from documents(csv_rows(lines) if kind == '.csv' else json_rows(lines))
 
 
-def opened(file):
-    """A binary stream. A URL is first copied to a temporary folder, because it is read more than once."""
-    local = os.path.isfile(file) or '://' not in file
-    return open(file, 'rb') if local else fsspec.open(f'simplecache::{file}')
-
-
-def blocks(file):
-    """Yield the text of a file in blocks of whole lines."""
+def blocks(stream):
+    """Yield the text of a binary stream in blocks of whole lines."""
     number = 1  # of the block's first line
-    with opened(file) as stream:
-        while block := stream.read(PIECE) + stream.readline():
-            zeros = block[:1000:2].count(0) - block[1:1000:2].count(0)  # Latin letters in UTF-16: every second byte
-            if number == 1 and (block[:2] in (b'\xff\xfe', b'\xfe\xff') or abs(zeros) > 2 + len(block[:1000]) / 3):
-                raise ValueError('it is in UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8 FILE > NEW_FILE')
-            try:
-                yield block.decode('utf-8-sig' if number == 1 else 'utf-8')
-            except UnicodeDecodeError as error:
-                number += error.object.count(10, 0, error.start)
-                raise ValueError(f'line {number} is not UTF-8 (UnicodeDecodeError: {error.reason})') from error
-            number += block.count(10)
+    while block := stream.read(PIECE) + stream.readline():
+        controls = sum(byte < 7 or 13 < byte < 27 for byte in block[:1000])  # every second byte of UTF-16
+        if number == 1 and (block[:2] in (b'\xff\xfe', b'\xfe\xff') or controls > 2 + len(block[:1000]) / 3):
+            raise ValueError('it is in UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8 FILE > NEW_FILE')
+        try:
+            yield block.decode('utf-8-sig' if number == 1 else 'utf-8')
+        except UnicodeDecodeError as error:
+            number += error.object.count(b'\n', 0, error.start)
+            raise ValueError(f'line {number} is not UTF-8 (UnicodeDecodeError: {error.reason})') from error
+        number += block.count(b'\n')
 
 
 def json_rows(lines):
@@ -208,10 +205,8 @@ def json_rows(lines):
         except (ValueError, RecursionError) as error:
             number += getattr(error, 'lineno', 1) - 1
             raise ValueError(f'line {number}: {getattr(error, "msg", error)}') from error
-        if whole and isinstance(value, list):
-            yield from ((f'row {i}', row) for i, row in enumerate(value))
-        else:
-            yield f'line {number}', value
+        for i, row in enumerate(value if whole and isinstance(value, list) else [value], 1):
+            yield f'row {i}' if whole else f'line {number}', row
 
 
 def csv_rows(lines):
@@ -219,6 +214,8 @@ def csv_rows(lines):
     csv.field_size_limit(2 ** 31 - 1)
     rows = csv.DictReader(lines, strict=True)
     try:
+        if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+            raise ValueError(f'its header names a column twice: {", ".join(rows.fieldnames)}')
         for row in rows:
             if None in row:
                 raise ValueError(f'line {rows.line_num}: it has more cells than the header')
@@ -229,45 +226,53 @@ def csv_rows(lines):
 
 def table_rows(table):
     """Yield (where, row) of a pyarrow.parquet.ParquetFile or a split of the hub. Only the columns in use are read."""
+    # Arrow gives each object the keys of all others
+    drop_nulls = lambda fields: {key: value for key, value in fields.items() if value is not None}
     if hasattr(table, 'iter_batches'):
         batches = table.iter_batches(100, columns=columns_in_use(table.schema_arrow.names))
     else:
         columns = columns_in_use(table.column_names or next(iter(table), {}))
         batches = table.select_columns(columns).with_format('arrow').iter(batch_size=1000)
-    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-        yield f'row {number}', row
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+        chat = any(isinstance(value, list) for value in row.values())
+        yield f'row {number}', json.loads(json.dumps(row), object_hook=drop_nulls) if chat else row
 
 
 def columns_in_use(names):
-    """The columns that hold the text or the chat. The others are not read."""
-    for columns in ([text_column], ['messages'], ['conversations'], ['instruction', 'output']):
+    """The columns that hold the text or the chat, and those that belong to a chat. The others are not read."""
+    kinds = [[text_column]] if text_column else [['messages'], ['conversations'], ['instruction', 'output'], ['text']]
+    for columns in kinds:
         if set(columns) <= set(names):
-            return columns + ['input'] * (columns[0] == 'instruction' and 'input' in names)
-    raise ValueError(f'no column {text_column!r} or messages; the columns are {", ".join(names)}; set --text_column')
+            return columns + [name for name in ('input', *BESIDE_A_CHAT) if name in names]
+    raise ValueError(f'no column {text_column or "messages or text"} among {", ".join(names)}; set --text_column')
 
 
 def documents(rows):
     """Yield rows as pieces: a text, or the Chat of messages. Empty texts are skipped."""
     for where, row in rows:
         try:
-            column, *more = columns_in_use(row if isinstance(row, dict) else ())
+            if not isinstance(row, dict):
+                raise ValueError(f'it is no object with columns: {row!r:.40}')
+            column = columns_in_use(row)[0]
             value = row[column]
-            if more:  # alpaca
-                asked = [row[name] for name in ('instruction', 'input') if row.get(name) not in EMPTY]
-                asked = '\n\n'.join(asked) if all(isinstance(text, str) for text in asked) else asked
+            if column == 'instruction' and not text_column:  # alpaca
+                asked = '\n\n'.join(filter(None, (row['instruction'], row.get('input'))))
                 value = [dict(role='user', content=asked), dict(role='assistant', content=row['output'])]
             if isinstance(value, list):
-                value = Chat(value)
-                if not any(channel == 'final' for _, channel, _ in value.parts):
-                    raise ValueError('the chat has no final answer of the assistant')
-                if found := SPECIAL.search(value.text()):
+                if unread := [name for name in BESIDE_A_CHAT[1:] if row.get(name) not in EMPTY]:
+                    raise ValueError(f'the column {unread[0]} would be lost; move it into the messages, or into tools')
+                value = Chat(value, row.get('tools'))
+                if not value.turns and all(message['role'] != 'assistant' for message in value.messages):
+                    raise ValueError('the chat has no answer of the assistant')
+                if found := SPECIAL.search(json.dumps([value.messages, value.tools])):
                     raise ValueError(f'a message holds {found[0]}, but its content is text alone')
-            elif not isinstance(value, str) or column in ('messages', 'conversations'):
+            elif not isinstance(value, str) or column in ('messages', 'conversations') and not text_column:
                 raise ValueError(f'{value!r:.40} in the column {column!r} is no text; the columns are {", ".join(row)}')
-            plain(value).encode()  # raises for half of a surrogate pair
-        except ValueError as error:
+            text = str(value)
+            text.encode()  # raises for half of a surrogate pair
+        except (ValueError, TypeError) as error:
             raise ValueError(f'{where}: {error}') from error
-        if value:
+        if text:
             yield value, True
 
 
@@ -296,146 +301,128 @@ def text_file(blocks):
         text, searched = text[start:], (len(text) if len(text) - start > 2 * PIECE else searched) - start
 
 
-# --- chats, in the harmony format of gpt-oss: https://github.com/openai/harmony ---
+# --- chats, which config/chat_template.jinja writes in the harmony format of gpt-oss ---
 HARMONY = '<|start|>', '<|message|>', '<|channel|>', '<|end|>', '<|return|>', '<|call|>'
-ROLES, CHANNELS = ('system', 'developer', 'user', 'assistant'), ('analysis', 'commentary', 'final')
-FIELDS = dict(role='role', content='content', value='content', channel='channel', weight='weight', train='weight',
-              thinking='thinking', reasoning_content='thinking', reasoning='thinking') | {'from': 'role'}
+FIELDS = {name: name for name in 'role content channel weight thinking tool_calls tool_call_id name'.split()}
+FIELDS |= dict(value='content', train='weight', reasoning='thinking', reasoning_content='thinking') | {'from': 'role'}
 EMPTY = None, '', [], {}
-SPECIAL = re.compile(r'<\|(?:start|message|channel|constrain|end|return|call|startoftext|endoftext)\|>')
-SYSTEM = ('You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n\nReasoning: {}\n\n'
-          '# Valid channels: analysis, commentary, final. Channel must be included for every message.')
+SPECIAL = re.compile(r'<\|(start|message|channel|constrain|end|return|call|startoftext|endof\w+|reserved_\d+)\|>')
+LEARNT = '<|generation|>'  # begins and ends what a rendered turn teaches
+TOKEN = re.compile(r'(<\|\w+\|>)')
+LETTERS = '<\ufdd0|'  # stands for the <| of messages while the template renders, so that only its own <| make tokens
+
+
+@cache
+def chat_template():
+    """The template. It writes LEARNT in place of the tags `generation`, which transformers alone knows."""
+    def raise_exception(message):
+        raise ValueError(message)
+
+    environment = jinja2.Environment()
+    environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
+    environment.globals['raise_exception'] = raise_exception
+    source = Path(config.ROOT, 'config', 'chat_template.jinja').read_text(encoding='utf-8')
+    return environment.from_string(re.sub(r'{%- (end)?generation -%}', "{{- '" + LEARNT + "' -}}", source))
 
 
 class Chat:
-    """A conversation as .parts [(role, channel, text)], from messages {role, content} as chat APIs have them.
+    """A conversation: messages {role, content, ...} and tools. The head of config/chat_template.jinja says what they may
+    hold; FIELDS has other names of the fields. Raises ValueError."""
 
-    A message of the assistant can have its reasoning in `thinking`, or a `channel`: analysis, commentary or final.
-    The parts whose indices are in .context, those of messages with weight 0, are not trained on.
-    """
-
-    def __init__(self, messages):
-        self.parts, self.context = [], set()
+    def __init__(self, messages, tools=None):
+        self.messages, self.tools = [], json.loads(tools or 'null') if isinstance(tools, str) else tools
         for number, message in enumerate(messages, 1):
+            if not isinstance(message, dict):
+                raise ValueError(f'message {number} is no object: {message!r:.100}')
             fields = {}
-            for key, value in message.items() if isinstance(message, dict) else ():
-                if value not in EMPTY or value == '' and FIELDS.get(key) == 'content':
-                    if key not in FIELDS or fields.setdefault(FIELDS[key], value) != value:
-                        raise ValueError(f'message {number} has {key!r}: {value!r:.100}, which is unknown or differs '
-                                         f'from another name of the field; known are {", ".join(FIELDS)}')
-            role, text, thinking = fields.get('role'), fields.get('content'), fields.get('thinking')
-            channel, weight = fields.get('channel'), fields.get('weight')
-            role = dict(human='user', gpt='assistant').get(str(role), role)  # ShareGPT's names
-            if (role not in ROLES or not isinstance(text, str) or not isinstance(thinking, str | None)
-                    or channel not in (None, *CHANNELS) or weight not in (None, 0, 1)
-                    or role != 'assistant' and (channel or thinking or weight)):
-                raise ValueError(f'message {number} is {message!r:.200}; it needs a role ({", ".join(ROLES)}) and '
-                                 f'content that is text; the assistant can have a channel ({", ".join(CHANNELS)}), '
-                                 'thinking that is text, and a weight of 0 or 1')
-            if role in ('system', 'developer'):
-                role, text = 'developer', f'# Instructions\n\n{text}'  # the system message of harmony is SYSTEM
-            begin = len(self.parts)
-            if thinking:
-                self.parts.append((role, 'analysis', thinking))
-            self.parts.append((role, (channel or 'final') if role == 'assistant' else '', text))
-            self.context.update(range(begin, len(self.parts)) if weight == 0 else ())
+            for key, value in message.items():
+                if value in EMPTY and (FIELDS.get(key), value) != ('content', ''):
+                    continue
+                if key not in FIELDS:
+                    raise ValueError(f'message {number} has {key!r}, which is unknown; known are {", ".join(FIELDS)}')
+                if fields.setdefault(FIELDS[key], value) != value:
+                    raise ValueError(f'message {number} has {key!r}, which differs from another {FIELDS[key]} of it')
+            role = fields.get('role')
+            fields['role'] = dict(human='user', gpt='assistant').get(str(role), role)  # ShareGPT's names
+            self.messages.append(fields)
 
-    def text(self):
-        """All characters of the conversation, to train a tokenizer on."""
-        return '\n'.join((SYSTEM.format('medium'), 'system', *itertools.chain(*self.parts)))
+    @cached_property
+    def turns(self):
+        """A text for each final answer that is learnt, with all before it, and one for calls at the end."""
+        ends = [i for i, message in enumerate(self.messages, 1) if message['role'] == 'assistant'
+                and not message.get('tool_calls') and message.get('channel', 'final') == 'final']
+        texts = [self.render(self.messages[:end]) for end in sorted({*ends, len(self.messages)})]
+        return [text for text in texts if LEARNT in text]
+
+    def render(self, messages, **options):
+        """The text of messages, in which TOKEN finds the special tokens and LETTERS stands for other <|."""
+        given = json.dumps(dict(messages=messages, tools=self.tools)).replace('<|', '<\\ufdd0|')
+        try:
+            return chat_template().render(json.loads(given), **options)
+        except (TypeError, jinja2.TemplateError) as error:
+            raise ValueError(f'messages or tools have a value of the wrong type: {error}') from error
+
+    def __str__(self):
+        """All characters that are learnt from, to train a tokenizer on."""
+        return TOKEN.sub('\n', '\n'.join(self.turns)).replace(LETTERS, '<|')
 
     def prompt(self, encoder, effort='medium'):
-        """Token ids up to the point where the assistant answers. Earlier analysis is left out."""
-        seen = [part for part in self.parts if part[1] != 'analysis']
-        return render(encoder, [('system', '', SYSTEM.format(effort)), *seen, ('assistant', '', None)])
-
-    def examples(self, encoder):
-        """Yield (token ids, mask) of each turn of the assistant, after its prompt. The mask is 1 on targets."""
-        begin, seen = 0, Chat([])
-        for end, (role, channel, _) in enumerate(self.parts, 1):
-            if role != 'assistant':
-                begin = end
-            elif channel == 'final':
-                seen.parts = self.parts[:begin]
-                tokens, skip = seen.prompt(encoder), len(render(encoder, [('assistant', '', None)]))
-                mask = [0] * len(tokens)
-                for i in range(begin, end):
-                    part = render(encoder, self.parts[i:i + 1])[skip:]  # the prompt ends with the first header
-                    tokens, mask, skip = tokens + part, mask + [int(i not in self.context)] * len(part), 0
-                tokens[-1] = encoder.encode_single_token('<|return|>')
-                if any(mask):
-                    yield tokens, mask
-                begin = end
+        """Token ids up to the point where the assistant answers. Analysis before a final answer is left out."""
+        return encode_turn(encoder, self.render(self.messages, add_generation_prompt=True, reasoning_effort=effort))[0]
 
 
-def render(encoder, parts):
-    """Token ids of parts (role, channel, text); text None gives the header alone. Texts hold no special tokens."""
-    tokens, special = [], encoder.encode_single_token
-    for role, channel, text in parts:
-        tokens += [special('<|start|>'), *encoder.encode_ordinary(role)]
-        if channel:
-            tokens += [special('<|channel|>'), *encoder.encode_ordinary(channel)]
-        if text is not None:
-            tokens += [special('<|message|>'), *encode_text(encoder, text), special('<|end|>')]
-    return tokens
-
-
-def plain(document):
-    return document.text() if isinstance(document, Chat) else document
+def encode_turn(encoder, text):
+    """(token ids, mask) of what Chat.render returns. The mask is 1 on what is learnt."""
+    tokens, mask, learnt = [], [], 0
+    for part in TOKEN.split(text):
+        if part == LEARNT:
+            learnt = 1 - learnt
+        elif TOKEN.fullmatch(part):
+            tokens.append(encoder.encode_single_token(part))
+        else:
+            tokens += encode_text(encoder, part.replace(LETTERS, '<|'))
+        mask += [learnt] * (len(tokens) - len(mask))
+    return tokens, mask
 
 
 # --- tokenizers, each a tiktoken.Encoding ---
 END = '<|endoftext|>'
-PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]', 'bpe': r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
-UNBROKEN = re.compile(r'([^\W\d_]{1024}|(?:[^\w\s]|_){1024}|\s{1024})')
+PATTERNS = {'byte': r'[\s\S]', 'char': r'[\s\S]',  # GPT-2's for bpe, which other programs know as gpt-2
+            'bpe': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
+RUN = 2 ** 16  # characters of white space that tiktoken can split
+UNBROKEN = re.compile(r'([^\W_]{1024}|(?:[^\w\s]|_){1024}|\s{1024})')
 
 
-def encoding(name, ranks=None, special=(END,)):
-    """The encoding of this name: from tiktoken, or byte, char or bpe from {bytes: rank} and the special tokens."""
-    if name in PATTERNS:
-        return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
-                                 special_tokens={token: len(ranks) + i for i, token in enumerate(special)})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f'there is no tokenizer {name!r}; it must be a folder with a meta.json or one of '
-                         f'{", ".join([*PATTERNS, *tiktoken.list_encoding_names()])}')
-    with reading(f'the vocabulary file of {name}', OFFLINE):
-        return tiktoken.get_encoding(name)
+def encoding(name, ranks, special=(END,)):
+    """The encoding byte, char or bpe with these {bytes: rank} and special tokens."""
+    return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
+                             special_tokens={token: len(ranks) + i for i, token in enumerate(special)})
 
 
-def load_tokenizer(folder):
-    """The encoding of a data folder or checkpoint. Raises ValueError with the folder for missing or damaged files."""
+def load_tokenizer(name):
+    """The encoding of tiktoken with this name, or that of a data folder or checkpoint. Raises ValueError."""
+    if name in tiktoken.list_encoding_names():  # even where a folder has the same name
+        with reading(f'the vocabulary file of {name}', OFFLINE):
+            return tiktoken.get_encoding(name)
     try:
-        meta = json.loads(Path(folder, 'meta.json').read_text(encoding='utf-8'))
-        name, special = meta['tokenizer'], meta.get('special_tokens', [END])
-        if name not in PATTERNS:
-            return encoding(name)
-        lines = Path(folder, 'tokenizer.tiktoken').read_text(encoding='utf-8').splitlines()
+        meta = json.loads(Path(name, 'meta.json').read_text(encoding='utf-8'))
+        kind, special = meta['tokenizer'], meta.get('special_tokens', [END])
+        if kind not in PATTERNS:
+            return load_tokenizer(kind)
+        lines = Path(name, 'tokenizer.tiktoken').read_text(encoding='utf-8').splitlines()
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
         if END not in special or sorted(ranks.values()) != list(range(meta['vocab_size'] - len(special))):
             raise ValueError('its tokens do not make up the vocabulary')
-        return encoding(name, ranks, special)
+        return encoding(kind, ranks, special)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{folder} gives no tokenizer ({type(error).__name__}: {error})')
-
-
-def stop_tokens(encoder):
-    """The tokens that end a continuation: end of text and, in a chat, the end of a turn or a call of a tool."""
-    return [encoder.encode_single_token(token) for token in (END, '<|return|>', '<|call|>')
-            if token in encoder.special_tokens_set]
-
-
-def check_characters(encoder, text):
-    """Raise ValueError for a character that a char tokenizer does not have. The other tokenizers have every byte."""
-    if encoder.name == 'char' and (unknown := set(text) - set(map(bytes.decode, encoder.token_byte_values()))):
-        raise ValueError(f'the char tokenizer has no {", ".join(map(repr, sorted(unknown)))}; use bpe or byte')
-
-
-RUN = 2 ** 16  # characters
+        raise ValueError(f'{name} gives no tokenizer ({type(error).__name__}: {error}); it must be a folder with a '
+                         f'meta.json or one of {", ".join([*PATTERNS, *tiktoken.list_encoding_names()])}') from error
 
 
 def encode_text(encoder, text):
-    """Token ids of a text. Special tokens in it are encoded as letters."""
-    check_characters(encoder, text)
+    """Token ids of a text. Special tokens in it are encoded as letters. Raises ValueError."""
+    if encoder.name == 'char' and (unknown := set(text) - set(map(bytes.decode, encoder.token_byte_values()))):
+        raise ValueError(f'the char tokenizer has no {", ".join(map(repr, sorted(unknown)))}; use bpe or byte')
     if not any(text[i:i + RUN].isspace() for i in range(0, len(text) - RUN + 1, RUN)):
         return encoder.encode_ordinary(text)
     # The regular expressions of tiktoken overflow their stack in long runs of white space, those of tokenizers do not.
@@ -488,7 +475,7 @@ def divide(source, chats):
     documents = characters = position = 0
     for text, ends in tqdm(pieces_of(source), 'counting', leave=False):
         documents += ends
-        characters += len(plain(text))
+        characters += len(str(text))
     by_text = documents < 10 and not chats
     cut = int(characters * (1 - val_fraction)) if by_text else documents - max(1, round(documents * val_fraction))
     for text, ends in pieces_of(source):
@@ -500,40 +487,45 @@ def divide(source, chats):
         position += len(text) if by_text else ends
 
 
+def batches(pieces, chats):
+    """Lists of pieces with PIECE characters or more; the last one may have fewer."""
+    batch, size = [], 0
+    for split, text, ends in pieces:
+        if isinstance(text, Chat) != chats:
+            raise ValueError(f'{dataset} holds texts and chats; prepare them one at a time')
+        batch.append((split, text, ends))
+        size += len(str(text))
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
 def encode(batch, encoder, dtype):
-    """Yield (split, ends, token ids, mask, bytes, spelled) of pieces. A text has no mask; a chat has targets' bytes."""
-    as_tokens = encoder.special_tokens_set if special_tokens else ()
+    """[(split, ends, token ids, mask, bytes, spelled)] of pieces. A text has no mask; a chat has targets' bytes."""
+    rows, as_tokens = [], encoder.special_tokens_set if special_tokens else ()
     for split, text, ends in batch:
+        tokens, mask, size, spelled = [], None, 0, 0
         if isinstance(text, Chat):
-            tokens, mask, size, spelled = [], [], 0, 0
-            for ids, targets in text.examples(encoder):
+            mask = []
+            for ids, targets in (encode_turn(encoder, turn) for turn in text.turns):
                 tokens += [*ids, encoder.eot_token]
                 mask += [*targets, 0]
                 size += len(encoder.decode_bytes(list(itertools.compress(ids, targets))))
         else:
             tokens = (encode_prompt if special_tokens else encode_text)(encoder, text) + [encoder.eot_token] * ends
-            mask, size = [], len(text.encode())
-            spelled = sum(token not in as_tokens for token in SPECIAL.findall(text))
-        yield split, ends, np.array(tokens, dtype), bytes(mask), size, spelled
+            size, spelled = len(text.encode()), sum(token[0] not in as_tokens for token in SPECIAL.finditer(text))
+        rows.append((split, ends, np.array(tokens, dtype), mask, size, spelled))
+    return rows
 
 
 def encoded(pieces, encoder, dtype, chats):
-    """Yield what `encode` does, in order, from threads that take batches of PIECE characters."""
-    threads, waiting, batch, size = num_proc or os.cpu_count(), [], [], 0
+    """Yield what `encode` returns, from threads that take a batch each. Few batches are in memory at a time."""
+    work, threads = batches(pieces, chats), num_proc or os.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
-        for split, text, ends in pieces:
-            if isinstance(text, Chat) != chats:
-                raise ValueError(f'{dataset} holds texts and chats; prepare them one at a time')
-            batch.append((split, text, ends))
-            size += len(plain(text))
-            if size >= PIECE:
-                waiting.append(pool.submit(list, encode(batch, encoder, dtype)))
-                batch, size = [], 0
-            if len(waiting) > 2 * threads:  # bounds the memory
-                yield from waiting.pop(0).result()
-        for future in waiting:
-            yield from future.result()
-        yield from encode(batch, encoder, dtype)
+        while group := list(itertools.islice(work, 4 * threads)):
+            for rows in pool.map(partial(encode, encoder=encoder, dtype=dtype), group):
+                yield from rows
 
 
 def write_data(folder, pieces, encoder, chats):
@@ -541,7 +533,7 @@ def write_data(folder, pieces, encoder, chats):
     dtype = np.dtype(np.uint16 if encoder.max_token_value < 2 ** 16 else np.uint32)
     meta = dict(dataset=dataset, tokenizer=encoder.name, vocab_size=encoder.max_token_value + 1,
                 eot_token=encoder.eot_token, dtype=dtype.name)
-    meta |= {f'{split}_{what}': 0 for split in ('train', 'val') for what in ('tokens', 'bytes', 'documents')}
+    meta |= {f'{split}_{what}': 0 for split in ('train', 'val') for what in ('tokens', 'bytes', 'documents', 'crc32')}
     meta |= dict(train_targets=0, val_targets=0) if chats else {}
     meta['spelled_special_tokens'] = 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -553,11 +545,12 @@ def write_data(folder, pieces, encoder, chats):
         for split, ends, tokens, mask, size, spelled in tqdm(rows, 'tokenising', leave=False):
             bins[split].write(tokens)
             meta[f'{split}_tokens'] += len(tokens)
+            meta[f'{split}_crc32'] = zlib.crc32(tokens, meta[f'{split}_crc32'])
             meta[f'{split}_bytes'] += size
             meta[f'{split}_documents'] += ends
             meta['spelled_special_tokens'] += spelled
             if chats:
-                bins[f'{split}_mask'].write(mask)
+                bins[f'{split}_mask'].write(bytes(mask))
                 meta[f'{split}_targets'] += sum(mask)
         stack.close()  # the bins are complete
         documents = meta['train_documents'] + meta['val_documents']
@@ -586,9 +579,7 @@ def main():
     if tokenizer == 'bpe' and vocab_size < 257:
         config.fail(f'--vocab_size={vocab_size} must be at least 257')
     sources = open_sources()
-    named = tokenizer in tiktoken.list_encoding_names()  # even where a folder has the same name
-    load = encoding if named or not Path(tokenizer).is_dir() else load_tokenizer
-    encoder = None if tokenizer in PATTERNS else load(tokenizer)
+    encoder = None if tokenizer in PATTERNS else load_tokenizer(tokenizer)
     first = next(pieces_of(sources['train']), None)
     if not first:
         config.fail(f'{dataset} holds no text')
@@ -596,19 +587,28 @@ def main():
     if chats and encoder and not encoder.special_tokens_set.issuperset(HARMONY):
         config.fail(f'{dataset} holds chats, but {encoder.name} has no token <|start|>; use o200k_harmony, bpe or byte')
     if not encoder:  # it is trained on the corpus
-        texts = (plain(text) for source in sources.values() for text, _ in pieces_of(source))
+        texts = (str(text) for source in sources.values() for text, _ in pieces_of(source))
         ranks = train_tokenizer(tqdm(texts, 'reading', leave=False))
         encoder = encoding(tokenizer, ranks, (END, *HARMONY) if chats or special_tokens else (END,))
     pieces = ((split, *piece) for split in sources for piece in pieces_of(sources[split]))
     if 'val' not in sources:
         pieces = divide(sources['train'], chats)
-    name = Path(dataset if Path(dataset).suffix in KINDS else dataset.partition(':')[0]).stem
-    name = name.replace('*', '') or Path(dataset).parent.name or 'text'  # news/*.txt becomes data/news
-    folder = Path(data_dir or Path('data') / name)
+    stem = dataset.removesuffix(Path(dataset).suffix) if Path(dataset).suffix in KINDS else dataset.partition(':')[0]
+    folder = Path(data_dir or Path('data', Path(re.sub(r'[*?[\]]', '', stem)).name or 'text'))  # news/*.txt: data/news
+    if not data_dir and (folder / 'meta.json').exists():
+        before = json.loads((folder / 'meta.json').read_text(encoding='utf-8')).get('dataset')
+        if before != dataset:
+            config.fail(f'{folder} holds data of {before}; give --data_dir another folder')
     meta = write_data(folder, pieces, encoder, chats)
     if number := meta['spelled_special_tokens']:
         hint = f'{encoder.name} does not have them' if special_tokens else '--special_tokens=True reads them as tokens'
         print(f'{number:,} spellings of special tokens, such as {END}, were read as letters; {hint}')
+    if chats:
+        tokens = np.concatenate([np.fromfile(folder / f'{split}.bin', meta['dtype']) for split in ('train', 'val')])
+        lengths = np.diff(np.flatnonzero(tokens == encoder.eot_token), prepend=-1) - 1
+        sizes = [size for size in (256, 512, 1024, 2048, 4096, 8192, 16384) if size < lengths.max()]
+        print(f'{len(lengths):,} answers, each with the chat before it: median {np.median(lengths):,.0f} tokens, '
+              f'longest {lengths.max():,}', *(f'{(lengths > size).sum():,} over {size:,}' for size in sizes), sep=', ')
     print(f'{folder}: {meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} validation tokens')
 
 

@@ -2,7 +2,6 @@
 Continue a text with a trained model, chat with it, or export it for other programs.
 
     python sample.py --start="Once upon a time"                                        # the run in out/
-    python sample.py --init_from=openai/gpt-oss-20b --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=openai/gpt-oss-20b --chat --experts=mxfp4
     python sample.py --export=exported                                                 # for transformers
 """
@@ -20,16 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import tiktoken
 import torch
 
-from model import GPT, find_checkpoint, read_json
-from prepare import (END, HARMONY, SYSTEM, Chat, byte_characters, encode_prompt, encoding, load_tokenizer, reading,
-                     stop_tokens)
+from model import GPT, GPTConfig, find_checkpoint, read_json, write_json
+from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, load_tokenizer, reading
 
 # -----------------------------------------------------------------------------
 # the model
 out_dir = 'out'  # a run of train.py; its best checkpoint is used or, where there is none, its last
 init_from = ''  # folder or hub id of a checkpoint, in place of out_dir
+tokenizer_from = ''  # data folder, checkpoint or name of tiktoken; empty: the tokenizer in the model's folder
 experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that is fast on the device
@@ -46,6 +46,7 @@ seed = 1337  # of the draws
 # chat
 chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
 system = ''  # instructions that come first
+tools = ''  # JSON file with a list of functions that the model can call
 reasoning_effort = 'medium'  # low, medium or high
 # export
 export = ''  # folder to write the model to, adapters merged, for transformers and others; dtype auto is bfloat16
@@ -54,18 +55,41 @@ export = ''  # folder to write the model to, adapters merged, for transformers a
 
 def load(folder, dtype, device):
     """The model of a checkpoint, its tokenizer, and the block size of its training, or 0 if that is unknown."""
-    merge_first = export and (folder / 'adapter.json').exists()  # save_pretrained packs the merged experts
+    merge_first = export and (folder / 'adapter_config.json').exists()  # save_pretrained packs the merged experts
     model = GPT.from_pretrained(folder, dtype, device, None if merge_first else experts or None)
     if model.lora and (merge_first or not experts):
         model.merge_lora()
-    if (folder / 'meta.json').exists():
-        return model, load_tokenizer(folder), int(read_json(folder / 'meta.json').get('block_size') or 0)
+    meta = folder / 'meta.json'
+    block_size = int(read_json(meta).get('block_size') or 0) if meta.exists() else 0
+    if tokenizer_from or meta.exists():
+        return model, load_tokenizer(tokenizer_from or folder), block_size
     if model.config.vocab_size == 201088:
-        return model, encoding('o200k_harmony'), 0
-    raise ValueError(f'{folder} has no meta.json, so no tokenizer; copy it and tokenizer.tiktoken from the data')
+        return model, load_tokenizer('o200k_harmony'), block_size
+    return model, read_tokenizer(folder / 'tokenizer.json'), block_size
 
 
-# --- text ---
+def read_tokenizer(path):
+    """The encoding in a tokenizer.json that comes from an export, in a folder that another program wrote."""
+    with reading(path, '; --tokenizer_from names data or a checkpoint that has the tokenizer'):
+        from tokenizers import Tokenizer
+        raw, byte_of = json.loads(Tokenizer.from_file(str(path)).to_str()), {c: b for b, c in byte_characters().items()}
+        ranks = {bytes(byte_of[c] for c in token): rank for token, rank in raw['model']['vocab'].items()}
+        pattern = raw['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
+        name = 'bpe' if pattern != PATTERNS['char'] else 'byte' if b'\xff' in ranks else 'char'
+        special = {token['content']: token['id'] for token in raw['added_tokens']}
+        encoder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        again = json.loads(tokenizer_json(encoder).to_str())
+        if any(raw[key] != again[key] for key in ('model', 'normalizer', 'pre_tokenizer')):
+            raise ValueError('it is not the tokenizer of an export')
+        return encoder
+
+
+def stop_tokens(encoder):
+    """The tokens that end a continuation: end of text and, in a chat, the end of a turn or a call of a tool."""
+    return [encoder.encode_single_token(token) for token in (END, '<|return|>', '<|call|>')
+            if token in encoder.special_tokens_set]
+
+
 def show(encoder, tokens):
     """Print the text of tokens as they come, and return it. Bytes of an incomplete character wait for the next."""
     utf8, text = codecs.getincrementaldecoder('utf-8')('replace'), ''
@@ -80,59 +104,52 @@ def show(encoder, tokens):
 
 # --- chat ---
 def converse(answer, encoder, longest):
-    """Read messages and print the answers, each channel under its name, until the input ends. Where the chat has more
-    than `longest` tokens, its oldest turns are left out."""
+    """Read messages and print the answers, each channel under its name, until the input ends. The line after a call is
+    the result of the tool. Where the chat has more than `longest` tokens, its oldest turns are left out."""
     if missing := [token for token in HARMONY if token not in encoder.special_tokens_set]:
-        config.fail(f'this model was not trained on chats: its tokenizer {encoder.name} has no {missing[0]}; fine-tune '
-                    'one on data from python prepare.py --dataset=CHATS.jsonl')
-    message, channel, end = map(encoder.encode_single_token, ('<|message|>', '<|channel|>', '<|end|>'))
+        config.fail(f'the tokenizer {encoder.name} has no {missing[0]}; fine-tune a model on chats (README, Fine-tune)')
+    message, end = map(encoder.encode_single_token, ('<|message|>', '<|end|>'))
     messages = [dict(role='system', content=system)] if system else []
+    with reading(tools):
+        functions = json.loads(Path(tools).read_text(encoding='utf-8-sig')) if tools else None
     while True:
         try:
-            line = input('> ' if sys.stdin.isatty() else '').strip()
+            line = input('> ' if sys.stdin.isatty() else '').strip('\ufeff \t\r\n')
         except EOFError:
             return
         if not line:
             continue
-        messages.append(dict(role='user', content=line))
-        prompt, oldest = Chat(messages).prompt(encoder, reasoning_effort), len(messages[:1] if system else [])
+        messages.append(dict(role='tool' if messages and 'tool_calls' in messages[-1] else 'user', content=line))
+        prompt, oldest = Chat(messages, functions).prompt(encoder, reasoning_effort), int(bool(system))
         while len(prompt) > longest and len(users := [i for i, m in enumerate(messages) if m['role'] == 'user']) > 1:
             del messages[oldest:users[1]]
-            prompt = Chat(messages).prompt(encoder, reasoning_effort)
-            print(f'(the oldest turn is left out, because the model looks back {longest} tokens)', file=sys.stderr)
-        tokens = answer(prompt)
-        header = None  # tokens of the channel's name, while they come
+            prompt = Chat(messages, functions).prompt(encoder, reasoning_effort)
+            print(f'(the oldest turn is left out: the chat has more than {longest} tokens)', file=sys.stderr)
+        if len(prompt) > longest:
+            messages.pop()
+            print(f'(the message is left out: {len(prompt)} tokens are more than {longest})', file=sys.stderr)
+            continue
+        tokens, header = answer(prompt), []  # header: what comes before the content of a message
         for token in tokens:
-            if token == channel:
-                header = []
-            elif token == message:
-                name, header = encoder.decode(header or []) or 'final', None
-                print(f'[{name}]')
-                text = show(encoder, itertools.takewhile(lambda token: token != end, tokens))
-                print()
-                if name in ('analysis', 'commentary', 'final'):
-                    messages.append(dict(role='assistant', channel=name, content=text))
-            elif header is not None:
-                header.append(token)
+            header.append(token)
+            if token != message:
+                continue
+            head, header = encoder.decode(header).rpartition('<|start|>')[2], []
+            channel = (re.findall(r'<\|channel\|>(\w+)', head) or ['final'])[0]
+            call = re.search(r' to=functions\.([\w.-]+)', head)
+            print(f'[{channel}{" to " + call[1] if call else ""}]')
+            text = show(encoder, itertools.takewhile(lambda token: token != end, tokens))
+            print()
+            if call:
+                messages.append(dict(role='assistant', tool_calls=[dict(name=call[1], arguments=text)]))
+            elif channel in ('analysis', 'commentary', 'final'):
+                messages.append(dict(role='assistant', channel=channel, content=text))
+        print(encoder.decode(header), end='')  # of a message without content
 
 
 # --- export ---
-# Chat.prompt as a template of transformers. A message has role and content, the assistant's also channel or thinking.
-CHAT_TEMPLATE = (
-    "{{- '<|start|>system<|message|>" + SYSTEM.format("' + (reasoning_effort or 'medium') + '").replace('\n', '\\n')
-    + "<|end|>' }}{%- for message in messages %}"
-    "{%- if message.role in ('system', 'developer') %}"
-    "{{- '<|start|>developer<|message|># Instructions\\n\\n' + message.content + '<|end|>' }}"
-    "{%- elif message.role == 'user' %}{{- '<|start|>user<|message|>' + message.content + '<|end|>' }}"
-    "{%- elif message.role == 'assistant' and message.channel != 'analysis' %}"
-    "{{- '<|start|>assistant<|channel|>' + (message.channel or 'final') + '<|message|>' }}{{- message.content }}"
-    "{{- '<|end|>' }}{%- elif message.role != 'assistant' %}{{- raise_exception('no role ' + message.role) }}"
-    "{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}")
-
-
-def write_tokenizer(encoder, folder):
-    """Write tokenizer.json, tokenizer_config.json and generation_config.json, which transformers reads."""
+def tokenizer_json(encoder):
+    """The tokenizer of the package tokenizers that equals an encoding of tiktoken."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     ranks, characters = encoder._mergeable_ranks, byte_characters()
     written = {token: ''.join(characters[byte] for byte in token) for token in ranks}
@@ -147,18 +164,29 @@ def write_tokenizer(encoder, folder):
     special = {number: token for token, number in reversed(encoder._special_tokens.items())}
     names = [special.get(number, f'<|unused_{number}|>') for number in range(len(ranks), encoder.n_vocab)]
     bpe.add_special_tokens([AddedToken(token, normalized=False) for token in names])  # numbered in this order
-    bpe.save(str(folder / 'tokenizer.json'))
+    return bpe
+
+
+def write_tokenizer(encoder, folder):
+    """Write tokenizer.json and its configurations for transformers, and add the ids of tokens to config.json."""
+    tokenizer_json(encoder).save(str(folder / 'tokenizer.json'))
     options = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, eos_token=END,
-                   pad_token=END)
+                   pad_token=END, model_input_names=['input_ids', 'attention_mask'])  # 4.57 adds types otherwise
     if '<|start|>' in encoder.special_tokens_set:
-        options |= dict(eos_token='<|return|>', chat_template=CHAT_TEMPLATE)
+        options['eos_token'] = '<|return|>'
+        shutil.copy(config.ROOT / 'config/chat_template.jinja', folder)
     generation = dict(do_sample=True, eos_token_id=stop_tokens(encoder), pad_token_id=encoder.eot_token)
-    for name, content in (('tokenizer_config', options), ('generation_config', generation)):
-        (folder / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+    ids = dict(eos_token_id=encoder.encode_single_token(options['eos_token']), pad_token_id=encoder.eot_token)
+    write_json(folder / 'tokenizer_config.json', options)
+    write_json(folder / 'generation_config.json', generation)
+    write_json(folder / 'config.json', read_json(folder / 'config.json') | ids)
 
 
 def write_export(model, encoder, folder):
     """Write a checkpoint with its tokenizer to the folder export. The folder appears whole or not at all."""
+    if model.config.tie_word_embeddings:  # other programs want a head of its own: some fail, some leave it random
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
     parent = Path(export).resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as beside:
@@ -166,17 +194,20 @@ def write_export(model, encoder, folder):
         model.save_pretrained(new, experts=experts or None)
         write_tokenizer(encoder, new)
         for file in ('meta.json', 'tokenizer.tiktoken'):  # for sample.py and train.py
-            if (source := folder / file).exists():
+            if (source := Path(tokenizer_from or folder) / file).exists():
                 shutil.copy(source, new)
         new.replace(export)
     print(f'{export}: {model.num_parameters():,} parameters')
+    usual = GPTConfig(num_hidden_layers=model.config.num_hidden_layers)
+    if (model.config.layer_types, model.config.swiglu_limit) != (usual.layer_types, usual.swiglu_limit):
+        print('llama.cpp, vLLM and mlx-lm compute wrong outputs: they ignore layer_types and swiglu_limit')
+    if encoder.name in ('byte', 'char'):
+        print(f'llama.cpp does not read the tokenizer {encoder.name}; bpe and those of tiktoken work there')
 
 
 def main():
     for name, good, wanted in (
-            ('num_samples', num_samples >= 1, 'at least 1'), ('max_new_tokens', max_new_tokens >= 1, 'at least 1'),
-            ('top_k', top_k >= 0, 'at least 0'), ('context', context >= 0, 'at least 0'),
-            ('seed', 0 <= seed < 2 ** 63, 'between 0 and 2 ** 63'),
+            ('max_new_tokens', max_new_tokens >= 1, 'at least 1'), ('context', context >= 0, 'at least 0'),
             ('experts', experts in ('', 'mxfp4'), 'mxfp4 or empty'),
             ('reasoning_effort', reasoning_effort in ('low', 'medium', 'high'), 'low, medium or high')):
         if not good:
@@ -184,10 +215,10 @@ def main():
     if export and os.path.exists(export) and not (os.path.isdir(export) and not os.listdir(export)):
         config.fail(f'{export} exists already; --export needs a new folder')
     folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
-    found = [str(folder) for folder in folders for file in ('config.json', 'adapter.json') if (folder / file).exists()]
+    found = [str(folder) for folder in folders if [*folder.glob('*config.json'), *folder.glob('adapter.json')]]
     if not init_from and not found:
         config.fail(f'{out_dir} holds no checkpoint: python train.py writes one; --out_dir or --init_from name another')
-    folder = find_checkpoint(init_from or found[0])
+    folder = find_checkpoint(init_from or found[0])  # refuses adapter.json, the format of the past
     where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     model, encoder, block_size = load(folder, getattr(torch, kind), where)
     torch.manual_seed(seed)  # after loading, because add_lora draws random numbers

@@ -46,6 +46,7 @@ from torch._dynamo.backends.common import aot_autograd
 import config
 import model
 import prepare
+import sample
 from model import FULL, GPT, MXFP4, SLIDING, GPTConfig, KVCache, LinearCrossEntropy
 
 torch.set_num_threads(1)  # the same bits in this process as in those that `start` makes
@@ -544,6 +545,7 @@ def write_hugging_face(gpt, folder):
         tensors |= {f'{prefix}_{kind}': value for kind, value in zip(('blocks', 'scales', 'bias'), values)}
     save_file(tensors, folder / 'model.safetensors')
     raw = json.loads((folder / 'config.json').read_text())  # gpt-oss's says 0.9 and that it is off
+    raw.pop('training_router_aux_loss_coef')
     (folder / 'config.json').write_text(json.dumps(raw | dict(router_aux_loss_coef=0.9)))
 
 
@@ -594,7 +596,8 @@ def test_reading(write, dtype, tmp_path):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('experts', [None, 'mxfp4'])
-@pytest.mark.parametrize('changes', [SQUARE, dict(hidden_size=96, intermediate_size=32, tie_word_embeddings=True)])
+@pytest.mark.parametrize('changes', [
+    SQUARE, dict(hidden_size=96, intermediate_size=32, tie_word_embeddings=True, router_aux_loss_coef=0.01)])
 def test_writing(changes, experts, dtype, tmp_path):
     """transformers reads it, from several files or one, and we read what it writes. No file of another one is left."""
     transformers = pytest.importorskip('transformers')
@@ -616,7 +619,7 @@ def test_writing(changes, experts, dtype, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
     stored = load_file(tmp_path / 'model.safetensors').values()
     assert {tensor.dtype for tensor in stored} == {dtype, *([torch.uint8] if experts else [])}
-    changes = dict(qk_norm=True, dropout=0.1, router_aux_loss_coef=0.01)
+    changes = dict(qk_norm=True, dropout=0.1)
     make(**changes).save_pretrained(tmp_path)
     assert_same(make(**changes), GPT.from_pretrained(tmp_path, torch.float32))
     with pytest.raises(ValueError):  # others would leave the norms of queries and keys out
@@ -682,18 +685,25 @@ def test_broken_checkpoints(tmp_path):
     tensors, whole = load_file(file), file.read_bytes()
 
     def refused(words, folder=tmp_path):
-        with pytest.raises(ValueError, match=re.escape(str(folder)) + '.*' + words):
+        with pytest.raises(ValueError, match=re.escape(str(folder)) + '(.|\n)*' + words):
             GPT.from_pretrained(folder)
 
     for json_file, changes in (
             (tmp_path / 'config.json', (None, dict(hidden_size=32), dict(head_dim='x'), dict(hidden_act='relu'))),
-            (tmp_path / 'adapter/adapter.json', (
-                None, dict(lora_rank=2), dict(lora_alpha=None), dict(overrides=dict(foo=1)), dict(base='none')))):
+            (tmp_path / 'adapter/adapter_config.json', (
+                None, dict(r=2), dict(lora_alpha=None), dict(overrides=dict(foo=1)),
+                dict(base_model_name_or_path='none')))):
         raw = json_file.read_text()
         for change in changes:
             json_file.write_text(json.dumps(json.loads(raw) | change if change else []))
             refused('', json_file.parent)
         json_file.write_text(raw)
+    adapters = load_file(tmp_path / 'adapter/adapter_model.safetensors')
+    save_file({'base_model.model.lm_head.lora_A.weight': torch.ones(3, 48)} | adapters,
+              tmp_path / 'adapter/adapter_model.safetensors')
+    refused('lm_head.lora_A', tmp_path / 'adapter')
+    (tmp_path / 'adapter/adapter_config.json').rename(tmp_path / 'adapter/adapter.json')  # the format of the past
+    refused('adapter.json', tmp_path / 'adapter')
     tensors.pop(next(iter(tensors)))
     save_file(tensors | {'model.norm.weight': torch.ones(7), 'model.extra.weight': torch.ones(2)}, file)
     for words in (' is missing', r'norm.weight.*\(7,\)', 'extra.weight'):
@@ -732,23 +742,39 @@ def adapt(gpt):
     return gpt
 
 
+def in_peft(name, a, b):
+    """A (r, in) and B (out, r) of an adapter, or stacks of them, in PEFT's layout."""
+    if '.experts.' not in name:
+        return a, b
+    if 'gate_up' in name:  # a gate and an up in turn
+        b = torch.stack(b.chunk(2, dim=1), dim=2).flatten(1, 2)
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
 def test_lora():
     """W + alpha / rank * B A on each matrix of attention and of every expert, also its gradients, and no others."""
     gpt, plain, idx = adapt(make()), make(), torch.randint(97, (2, 40))
-    adapters = {name: p.detach() for name, p in gpt.named_parameters() if 'lora.' in name}
-    weights, expected = dict(plain.named_parameters()), {}
-    pairs = {name[:-2]: name[:-2].replace('_lora', '_weight').replace('.lora', '.weight') for name in adapters}
+    weights, adapters, expected = dict(plain.named_parameters()), dict(gpt.named_parameters()), {}
+    pairs = {name.removesuffix('.lora_A.weight') for name in adapters if 'lora_A' in name}
     assert len(pairs) == 6 * SMALL['num_hidden_layers']
-    for key, name in pairs.items():
-        weights[name].data += 2.0 * adapters[f'{key}.b'] @ adapters[f'{key}.a']
+    products = {}
+    for key in pairs:
+        name = key.replace('_lora', '_weight').replace('.lora', '.weight')
+        *stack, rows, columns = weights[name].shape
+        a, b = torch.randn(*stack, 3, columns) / 10, torch.randn(*stack, rows, 3) / 10
+        for x, value in zip('AB', in_peft(key, a, b)):
+            adapters[f'{key}.lora_{x}.weight'].data.copy_(value)
+        weights[name].data += 2.0 * b @ a
+        products[key] = name, a, b
     for one in (gpt, plain):
         one(idx, idx, return_logits=False)[1].backward()
-    for key, name in pairs.items():
-        expected[f'{key}.a'] = 2.0 * adapters[f'{key}.b'].mT @ weights[name].grad
-        expected[f'{key}.b'] = 2.0 * weights[name].grad @ adapters[f'{key}.a'].mT
+    for key, (name, a, b) in products.items():
+        gradient = 2.0 * weights[name].grad
+        for x, value in zip('AB', in_peft(key, b.mT @ gradient, gradient @ a.mT)):
+            expected[f'{key}.lora_{x}.weight'] = value
     assert_gradients(gradients(gpt), expected, 1e-4)
     optimizer, = gpt.configure_optimizers(1e-3, 0.01, (0.9, 0.95), 0.1)  # AdamW alone, and the adapters alone
-    assert sum(len(group['params']) for group in optimizer.param_groups) == len(adapters)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == 2 * len(pairs)
     gpt.merge_lora()
     for name, p in gpt.named_parameters():
         torch.testing.assert_close(p, weights[name])
@@ -773,11 +799,41 @@ def test_adapter_files(experts, tmp_path):
     assert sum(file.stat().st_size for file in folder.iterdir()) < size + 10000
     loaded = GPT.from_pretrained(folder, torch.float32, experts=experts)
     assert loaded.config.sliding_window == 3 and torch.equal(loaded(idx)[0], gpt(idx)[0])
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / 'adapter_model.safetensors').items()}
+    assert len(shapes) == 3 * 12
+    for name, a, b in (('self_attn.q_proj', (3, 64), (60, 3)), ('mlp.experts.base_layer', (15, 64), (64, 15)),
+                       ('mlp.experts', (15, 32), (64, 15))):
+        for x, shape in zip('AB', (a, b)):
+            assert shapes[f'base_model.model.model.layers.2.{name}.lora_{x}.weight'] == shape
     for wrong in (lambda: gpt.save_adapter(base), lambda: gpt.add_lora(3, 6.0), lambda: make().add_lora(65, 1.0),
                   lambda: adapt(make()).save_adapter(folder), lambda: gpt.save_pretrained(folder),
                   *([gpt.merge_lora] if experts else [])):
         with pytest.raises(ValueError):
             wrong()
+
+
+def test_peft(tmp_path):
+    """PEFT computes the same with our adapters, we with its. Options that we do not have are refused by name."""
+    peft, idx = pytest.importorskip('peft'), torch.randint(97, (2, 30))
+    theirs = reference(make(), tmp_path / 'base')
+    gpt = adapt(GPT.from_pretrained(tmp_path / 'base', torch.float32))
+    gpt.save_adapter(tmp_path / 'ours')
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'ours', is_trainable=True)
+    torch.testing.assert_close(theirs.eval()(idx).logits, gpt.eval()(idx, idx)[0], atol=2e-5, rtol=0)
+    theirs(idx, labels=idx).loss.backward()
+    for name, p in theirs.named_parameters():
+        p.data -= p.grad if p.grad is not None else 0
+    assert off(theirs(idx).logits, gpt(idx, idx)[0]) > 0.1
+    theirs.save_pretrained(tmp_path / 'theirs')
+    loaded = GPT.from_pretrained(tmp_path / 'theirs', torch.float32).eval()
+    torch.testing.assert_close(theirs(idx).logits, loaded(idx, idx)[0], atol=2e-5, rtol=0)
+    file = tmp_path / 'theirs/adapter_config.json'
+    raw = json.loads(file.read_text())
+    for key, value in dict(use_rslora=True, use_dora=True, alpha_pattern=dict(q_proj=3), modules_to_save=['lm_head'],
+                           bias='all', init_lora_weights='pissa', peft_type='IA3').items():
+        file.write_text(json.dumps(raw | {key: value}))
+        with pytest.raises(ValueError, match=key):
+            GPT.from_pretrained(tmp_path / 'theirs')
 
 
 # --- how the scripts are run ------------------------------------------------------------------------------------------
@@ -918,6 +974,11 @@ def test_round_trip(tokenizer, tmp_path):
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == encoder.encode_ordinary(text)
         assert theirs.decode(encoder.encode_ordinary(text)) == text
     assert theirs.encode('a<|endoftext|>') == encoder.encode('a<|endoftext|>', allowed_special='all')
+    if tokenizer != 'o200k_harmony':  # a model of its size needs no file
+        theirs.save_pretrained(tmp_path / 'theirs')
+        again = sample.read_tokenizer(tmp_path / 'theirs/tokenizer.json')
+        assert all(again.encode_ordinary(text) == encoder.encode_ordinary(text) for text in texts)
+        assert again.eot_token == encoder.eot_token and again.n_vocab == encoder.n_vocab
 
 
 def exported_tokenizer(folder, encoder):
@@ -926,8 +987,38 @@ def exported_tokenizer(folder, encoder):
     make(vocab_size=encoder.n_vocab, hidden_size=4, num_hidden_layers=1).save_pretrained(folder)
     ran('sample.py', f'--init_from={folder}', f'--export={folder}/exported', '--device=cpu')
     stops = transformers.GenerationConfig.from_pretrained(folder / 'exported').eos_token_id
-    assert stops == prepare.stop_tokens(encoder)
+    assert stops == sample.stop_tokens(encoder)
     return transformers.AutoTokenizer.from_pretrained(folder / 'exported')
+
+
+def test_export(tmp_path):
+    """An export has a head, the keys that other programs read, and a line for what they cannot do."""
+    transformers, data = pytest.importorskip('transformers'), make_data(tmp_path)
+    meta, encoder, tokens = read_data(data)
+    changes = dict(tie_word_embeddings=True, layer_types=[FULL, SLIDING, FULL], swiglu_limit=6.0)
+    gpt = make(vocab_size=meta['vocab_size'], router_aux_loss_coef=0.1, **changes)
+    gpt.save_pretrained(data)
+    out = tmp_path / 'exported'
+    said = ran('sample.py', f'--init_from={data}', f'--export={out}', '--device=cpu', '--dtype=float32')
+    assert all(word in said for word in ('layer_types', 'swiglu_limit', 'the tokenizer char'))
+    raw, end = json.loads((out / 'config.json').read_text()), encoder.eot_token
+    assert raw | dict(tie_word_embeddings=False, output_router_logits=False, eos_token_id=end, pad_token_id=end,
+                      experts_per_token=2, initial_context_length=64, transformers_version='4.55.0') == raw
+    assert torch.equal(load_file(out / 'model.safetensors')['lm_head.weight'], gpt.lm_head.weight)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert set(transformers.AutoTokenizer.from_pretrained(out)('the')) == {'input_ids', 'attention_mask'}
+    idx = torch.tensor([tokens['val'][:20]])
+    torch.testing.assert_close(theirs(idx).logits, gpt.eval()(idx, idx)[0], atol=1e-4, rtol=1e-4)
+    assert GPT.from_pretrained(out).config.router_aux_loss_coef == 0.1
+    theirs.save_pretrained(tmp_path / 'theirs')  # without a tokenizer
+    options = f'--init_from={tmp_path}/theirs', '--device=cpu', '--max_new_tokens=5', '--start=the', '--seed=1'
+    refused(run('sample.py', *options), 'theirs/tokenizer.json', '--tokenizer_from')
+    said = ran('sample.py', *options, f'--tokenizer_from={data}')
+    shutil.copy(out / 'tokenizer.json', tmp_path / 'theirs')
+    assert said == ran('sample.py', *options)
+    other = json.loads((out / 'tokenizer.json').read_text()) | dict(normalizer=dict(type='Lowercase'))
+    (tmp_path / 'theirs/tokenizer.json').write_text(json.dumps(other))
+    refused(run('sample.py', *options), 'theirs/tokenizer.json', '--tokenizer_from')
 
 
 def test_text_files(tmp_path):
@@ -993,30 +1084,103 @@ def test_chat_masks(tokenizer, tmp_path):
     assert found == prepare.Chat(chat).prompt(encoder, 'high')
 
 
+TOOLS = [
+    dict(type='function', function=dict(name='now', description='The time.\nIn UTC.')),
+    dict(name='find', description='', parameters=dict(type='object', required=['what', 'how'], properties=dict(
+        what=dict(type='string', description='Words', enum=['a', 'b'], default='a', title='What', examples=['a', 1]),
+        how=dict(description='How', default=3, oneOf=[
+            dict(type='string', description='How', nullable=True), dict(type='number', description='n', default='x')]),
+        items=dict(type='array', items=dict(type='object', description='Inner', properties=dict(
+            yes=dict(type='boolean', default=True), either=dict(type=['integer', 'null'])))),
+        some=dict(type='array', default=['x, y', 1]), rest=dict(anyOf=[]), none=dict(type='null', default=None)))),
+    dict(type='function', function=dict(name='other', description='One line', parameters={}))]
+
+
+def random_chat(rng):
+    """A conversation with reasoning, preambles, calls and results, and its tools."""
+    chat = [dict(role=role, content='Be brief.\nOr not.') for role in rng.choice([[], ['system'], ['developer']])]
+    tools = []
+    for turn in range(rng.randint(1, 4)):
+        chat.append(dict(role='user', content=f'Question {turn}?  <b> ü'))
+        for call in range(rng.choice([0, 0, 1, 2])):
+            tools, names = TOOLS, rng.sample(['now', 'find', 'other'], rng.choice([1, 1, 2]))
+            arguments = rng.choice(['{"what":"a"}', dict(what='ü', how=1)])
+            calls = [dict(type='function', id=f'{call}{name}', function=dict(name=name, arguments=arguments))
+                     for name in names]
+            chat.append(dict(role='assistant', content=rng.choice([None, 'I call.']), tool_calls=calls))
+            if rng.random() < 0.5 and not chat[-1]['content']:
+                chat[-1]['thinking'] = 'I need it.'
+            chat += [dict(role='tool', tool_call_id=f'{call}{name}', content=f'["{name}"]') for name in reversed(names)]
+        if rng.random() < 0.3:
+            chat.append(dict(role='assistant', channel='commentary', content='Wait.'))
+        chat.append(dict(role='assistant', content=f'Answer {turn}.') | rng.choice([{}, dict(reasoning_content='Hm.')]))
+    return chat, tools
+
+
+def harmony_parts(harmony, chat, tools, effort, training):
+    """What openai-harmony makes of a conversation, without the analysis before the last earlier final answer."""
+    message, role, parts, names = harmony.Message.from_role_and_content, harmony.Role, [], {}
+    system = harmony.SystemContent.new().with_reasoning_effort(harmony.ReasoningEffort(effort.title()))
+    developer = harmony.DeveloperContent.new()
+    if chat[0]['role'] in ('system', 'developer'):
+        developer, chat = developer.with_instructions(chat[0]['content']), chat[1:]
+    functions = [tool.get('function', tool) for tool in tools]
+    if tools:
+        developer = developer.with_function_tools([harmony.ToolDescription.new(
+            tool['name'], tool['description'], parameters=tool.get('parameters')) for tool in functions])
+    if developer.instructions or tools:
+        parts.append(message(role.DEVELOPER, developer))
+    for m in chat:
+        if m['role'] == 'tool':
+            author = harmony.Author.new(role.TOOL, f'functions.{names[m["tool_call_id"]]}')
+            result = harmony.Message.from_author_and_content(author, m['content'])
+            parts.append(result.with_channel('commentary').with_recipient('assistant'))
+            continue
+        calls = m.get('tool_calls', [])
+        if thought := m.get('thinking') or m.get('reasoning_content') or (m['content'] if calls else None):
+            parts.append(message(role.ASSISTANT, thought).with_channel('analysis'))
+        for call in calls:
+            function = call['function']
+            names[call['id']], arguments = function['name'], function['arguments']
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            part = message(role.ASSISTANT, arguments).with_channel('commentary').with_content_type('json')
+            parts.append(part.with_recipient(f'functions.{function["name"]}'))
+        if not calls:
+            parts.append(message(role(m['role']), m['content']))
+        if m['role'] == 'assistant' and not calls:
+            parts[-1] = parts[-1].with_channel(m.get('channel', 'final'))
+    last = max((i for i, part in enumerate(parts[:-1] if training else parts) if part.channel == 'final'), default=-1)
+    parts = [part for i, part in enumerate(parts) if part.channel != 'analysis' or i > last]
+    return harmony.Conversation.from_messages([message(role.SYSTEM, system), *parts])
+
+
 @needs_vocabulary
 def test_harmony(tmp_path, monkeypatch):
-    """Our rendering against openai-harmony's, token for token."""
+    """20 conversations, rendered by us and by the template of an export, against openai-harmony, token for token."""
     harmony, encoder = pytest.importorskip('openai_harmony'), tiktoken.get_encoding('o200k_harmony')
     table = (base64.b64encode(token) + b' %d' % rank for token, rank in encoder._mergeable_ranks.items())
     (tmp_path / 'o200k_base.tiktoken').write_bytes(b'\n'.join(table) + b'\n')
     monkeypatch.setenv('TIKTOKEN_ENCODINGS_BASE', str(tmp_path))
-    theirs, message = harmony.load_harmony_encoding('HarmonyGptOss'), harmony.Message.from_role_and_content
-    for chat, effort in ((CHATS[0], 'high'), (CHATS[0][:4], 'low'), (CHATS[1], 'medium'), (CHATS[0][1:2], 'medium')):
-        system = harmony.SystemContent.new().with_reasoning_effort(harmony.ReasoningEffort(effort.title()))
-        messages = [message(harmony.Role.SYSTEM, system)]
-        for role, channel, text in prepare.Chat(chat).parts:
-            if role == 'developer':
-                text = harmony.DeveloperContent.new().with_instructions(text.removeprefix('# Instructions\n\n'))
-            messages.append(message(harmony.Role(role), text))
-            if channel:
-                messages[-1] = messages[-1].with_channel(channel)
-        seen = harmony.Conversation.from_messages([part for part in messages if part.channel != 'analysis'])
-        expected = theirs.render_conversation_for_completion(seen, harmony.Role.ASSISTANT)
-        assert prepare.Chat(chat).prompt(encoder, effort) == expected
-        if chat == CHATS[1]:
-            (tokens, _), = prepare.Chat(chat).examples(encoder)
-            assert tokens == theirs.render_conversation_for_training(harmony.Conversation.from_messages(messages))
-    assert set(prepare.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
+    theirs, exported = harmony.load_harmony_encoding('HarmonyGptOss'), exported_tokenizer(tmp_path, encoder)
+    everything, with_tools = harmony.RenderConversationConfig(auto_drop_analysis=False), 0
+    for number in range(20):
+        chat, tools = random_chat(random.Random(number))
+        with_tools += bool(tools)
+        effort, ours = ('low', 'medium', 'high')[number % 3], prepare.Chat(chat, tools)
+        seen = harmony_parts(harmony, chat, tools, effort, training=False)
+        prompt = theirs.render_conversation_for_completion(seen, harmony.Role.ASSISTANT, everything)
+        assert ours.prompt(encoder, effort) == prompt
+        tokens, mask = prepare.encode_turn(encoder, ours.turns[-1])
+        whole = harmony_parts(harmony, chat, tools, 'medium', training=True)
+        assert tokens == theirs.render_conversation_for_training(whole, everything)
+        options = dict(tools=tools or None, return_dict=True, return_assistant_tokens_mask=True)
+        chat = [{'thinking' if key == 'reasoning_content' else key: m[key] for key in m} for m in chat]
+        found = exported.apply_chat_template(chat, **options)
+        assert (found['input_ids'], found['assistant_masks']) == (tokens, mask)
+        found = exported.apply_chat_template(chat, tools=tools, add_generation_prompt=True, reasoning_effort=effort)
+        assert found['input_ids'] == prompt
+    assert 5 < with_tools < 20
+    assert set(sample.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
 
 
 def prepared(file, content, *flags, tokenizer='byte'):
@@ -1070,7 +1234,10 @@ def test_message_fields(tmp_path):
     for fields, words in ((dict(thinkng='T'), 'thinkng'), (dict(reasoning='T', thinking='U'), 'differs'),
                           (dict(tool_calls=[1]), 'tool_calls'), (dict(weight=0.5), 'weight'),
                           (dict(role='user', thinking='T'), 'thinking'), (dict(content='<|channel|>x'), 'channel'),
-                          (dict(thinking='<|end|>'), 'end')):
+                          (dict(thinking='<|end|>'), 'end'), (dict(role='tool'), 'answers no call'),
+                          (dict(role='critic'), 'role'), (dict(channel='secret'), 'channel'), (dict(content=7), 'text'),
+                          (dict(tool_calls=[dict(name='now')]), 'no arguments'), (dict(content=None), 'text'),
+                          (dict(tool_calls=[dict(name='now', arguments='{}')], thinking='T'), 'only text beside')):
         with pytest.raises(AssertionError, match=f'line 1.*{words}'):
             prepared(tmp_path / 'a.jsonl', message(**fields))
     for bad in (dict(weight=0), dict(train=False)):
@@ -1084,6 +1251,20 @@ def test_message_fields(tmp_path):
     alpaca = prepared(tmp_path / 'a.json', [dict(instruction='I', input='', output='O')] * 2
                       + [dict(instruction='I', input='N', output='O')])
     assert '<|message|>I<|end|>' in alpaca[0] and '<|message|>I\n\nN<|end|>' in alpaca[2]
+
+
+def test_columns_of_tools(tmp_path):
+    """Tools are objects or JSON. Parquet gives objects the keys of all others, which must not become arguments."""
+    import pyarrow
+    from pyarrow import parquet
+    rows = [dict(messages=message()[0]['messages'], tools=[dict(type='function', function=dict(
+        name='f', description='', parameters=dict(type='object', properties={key: dict(type='string')})))])
+            for key in ('one', 'two', 'three')]
+    expected = prepared(tmp_path / 'a.jsonl', rows)
+    assert 'type f = (_: {\ntwo?: string,\n}) => any;' in expected[1]
+    assert prepared(tmp_path / 'b.jsonl', [row | dict(tools=json.dumps(row['tools'])) for row in rows]) == expected
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'c.parquet')
+    assert prepared(tmp_path / 'c.parquet', None) == expected
 
 
 def test_names_that_look_like_patterns(tmp_path):
@@ -1120,14 +1301,21 @@ def test_long_runs_exactly(monkeypatch):
             assert prepare.encode_prompt(encoder, text) == encoder.encode(text, allowed_special='all')
 
 
-def test_bpe_on_long_runs(tmp_path, monkeypatch):
-    """A run without a boundary takes linear time. Ordinary text has the merges that it has without cuts."""
-    prepared(tmp_path / 'dna.txt', ''.join(random.Random(0).choices('ACGT', k=400_000)), tokenizer='bpe')
+def test_bpe_on_long_runs(monkeypatch):
+    """A run without a boundary is learnt in parts. Ordinary text has the merges that it has without cuts."""
+    tokenizers, seen = pytest.importorskip('tokenizers'), []
     monkeypatch.setattr(prepare, 'tokenizer', 'bpe')
     texts = [story for story, _ in prepare.builtin_stories(0.5, 1)]
     ranks = prepare.train_tokenizer(texts)
-    monkeypatch.setattr(prepare, 'UNBROKEN', re.compile('(?!)'))
-    assert prepare.train_tokenizer(texts) == ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, 'UNBROKEN', re.compile('(?!)'))
+        assert prepare.train_tokenizer(texts) == ranks
+    fake = SimpleNamespace(train_from_iterator=lambda texts, trainer: seen.extend(texts),
+                           to_str=lambda: '{"model": {"merges": []}}')
+    monkeypatch.setattr(tokenizers, 'Tokenizer', lambda model: fake)
+    texts = ['ACGT' * 50_000, '0123' * 3000, '.;' * 3000, '\n' * 3000, 'some words ' * 3000]
+    prepare.train_tokenizer(texts)
+    assert ''.join(seen) == ''.join(texts) and max(len(run) for text in seen for run in text.split(' ')) <= 1024
 
 
 def test_short_lines():
@@ -1213,6 +1401,7 @@ def test_sample_and_fine_tune(fox, tmp_path):
     assert one == same != other
     flags = f'--data_dir={fox}/data', f'--init_from={fox}/out/best', f'--out_dir={tmp_path}/out'
     ran('train.py', *flags, *TINY[3:], '--max_iters=1')
+    assert run.names['model'].config.router_aux_loss_coef == 0.05  # of the model that is fine-tuned
     assert metrics(tmp_path / 'out')[0]['val_loss'] == pytest.approx(state_of(fox / 'out/best')['best_loss'], abs=1e-4)
 
 
@@ -1446,10 +1635,30 @@ def test_chat_beyond_the_context(chats):
     """The oldest turns are left out whole. The system message stays."""
     prompts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('prepare.Chat.prompt', lambda self, *_: prompts.append(self.parts) or [0] * 9 * len(self.parts))
+        patch.setattr('prepare.Chat.prompt', lambda self, *_: prompts.append(self.messages) or [0] * 9 * len(prompts[-1]))
         chat_with('red\ngreen\nyellow\n', f'--out_dir={chats}/out', '--system=Be brief.', '--context=20')
-    assert all(parts[0] == ('developer', '', '# Instructions\n\nBe brief.') for parts in prompts)
-    assert [part[2] for part in prompts[-1] if part[0] == 'user'] == ['yellow']
+    assert all(messages[0] == dict(role='system', content='Be brief.') for messages in prompts)
+    assert [message['content'] for message in prompts[-1] if message['role'] == 'user'] == ['yellow']
+
+
+def test_chat_with_tools(monkeypatch, tmp_path, capsys):
+    """A call of a function ends the answer, and the next line of input is its result."""
+    (tmp_path / 'tools.json').write_text(json.dumps(TOOLS))
+    encoder, prompts = prepare.encoding('byte', {bytes([i]): i for i in range(256)}, (prepare.END, *prepare.HARMONY)), []
+    written = iter((' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>',
+                    '<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>'))
+
+    def answer(prompt):
+        prompts.append(encoder.decode(prompt))
+        return iter(prepare.encode_prompt(encoder, next(written))[:-1])
+
+    monkeypatch.setattr(sample, 'tools', str(tmp_path / 'tools.json'))
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Find a.\nIt is here.\n'))
+    sample.converse(answer, encoder, 10_000)
+    assert capsys.readouterr().out == '[commentary to find]\n{"what":"a"}\n[analysis]\nHm.\n[final]\na\n'
+    assert 'type find = ' in prompts[0] and prompts[1] == prompts[0] + (
+        ' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>'
+        '<|start|>functions.find to=assistant<|channel|>commentary<|message|>It is here.<|end|><|start|>assistant')
 
 
 def test_adapted_chat(chats, tmp_path):
@@ -1459,9 +1668,10 @@ def test_adapted_chat(chats, tmp_path):
     flags = f'--data_dir={data}', f'--init_from={chats}/out/best', f'--out_dir={tmp_path}/out', *TINY[4:]
     ran('train.py', *flags, '--lora_rank=4', '--block_size=200', '--max_iters=40', '--warmup_iters=5')
     assert not list((tmp_path / 'out/best').glob('model*'))
-    assert (tmp_path / 'out/best/adapter.safetensors').stat().st_size < 120_000
+    assert (tmp_path / 'out/best/adapter_model.safetensors').stat().st_size < 120_000
     assert 'go' in chat_with('red\n', f'--out_dir={tmp_path}/out')
     ran('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=41')
+    assert run.names['model'].config.router_aux_loss_coef == 0  # frozen routers cannot be balanced; the base has 0.05
     ran('sample.py', f'--out_dir={tmp_path}/out', f'--export={tmp_path}/both', '--experts=mxfp4')
     assert GPT.from_pretrained(tmp_path / 'both', experts='mxfp4').lora is None
 
@@ -1541,7 +1751,7 @@ BAD_INPUT = [
     ('prepare.py', '--dataset=half.jsonl', 'half.jsonl', 'line 4', 'body'), ('prepare.py', '--val_fraction=1.5', '1.5'),
     ('prepare.py', '--tokenizer=gtp2', 'gtp2', 'gpt2'),
     ('prepare.py', '--tokenizer=bpe --vocab_size=100', '100', '257'),
-    ('prepare.py', '--dataset=unanswered.jsonl', 'line 1', 'final'),
+    ('prepare.py', '--dataset=unanswered.jsonl', 'line 1', 'no answer'),
     ('prepare.py', '--dataset=robot.jsonl', 'message 2', 'robot'), ('prepare.py', '--dataset=loud.jsonl', 'loud'),
     ('sample.py', '--start=QUICK', "'C', 'I'"), ('sample.py', '--start=FILE:none.txt', 'none.txt'),
     ('sample.py', '--temperature=-1', 'temperature', '-1'), ('sample.py', '--top_k=-1', 'top_k', '-1'),

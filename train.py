@@ -318,14 +318,14 @@ def load_model():
         with torch.device('meta' if place == 'meta' else 'cpu'):  # the same weights on every device
             return GPT(GPTConfig(**shape)).to(place), block_size
     folder = find_checkpoint(source or init_from)
-    frozen = lora_rank or (folder / 'adapter.json').exists()
-    if frozen and not source and 'router_aux_loss_coef' not in given:
-        shape['router_aux_loss_coef'] = 0.0  # frozen routers cannot be balanced
-    overrides = {key: shape[key] for key in shape.keys() & given | {'router_aux_loss_coef'}}
+    frozen = lora_rank or (folder / 'adapter_config.json').exists()
+    overrides = {key: shape[key] for key in shape.keys() & given}
     model = GPT.from_pretrained(source or init_from, getattr(torch, dtype) if frozen else torch.float32, place,
                                 experts or None, **overrides)
     if lora_rank and not model.lora:
         model.add_lora(lora_rank, lora_alpha)
+    if frozen and 'router_aux_loss_coef' not in given:  # frozen routers cannot be balanced
+        model.config.router_aux_loss_coef = shape['router_aux_loss_coef'] if source else 0.0
     check(not experts or model.lora, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
     if not (folder / 'meta.json').exists():
         return model, None
