@@ -485,7 +485,9 @@ def write_files(folders, whole, moments, run_state):
     for folder in folders:
         new, old = folder.with_suffix('.new'), folder.with_suffix('.old')
         if fsdp and folder == last:  # a file for each process; it returns when all are written
-            storage = dcp.HuggingFaceStorageWriter(new, save_distributed=True, thread_count=2)  # 1 would use CUDA
+            if device_type == 'cuda':
+                torch.cuda.set_device(device)  # a thread begins with the first GPU
+            storage = dcp.HuggingFaceStorageWriter(new, save_distributed=True)  # more threads would lose errors
             try:
                 dcp.save(moments, storage_writer=storage, process_group=writers)
             except dcp.api.CheckpointException as error:

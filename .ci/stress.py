@@ -98,7 +98,7 @@ def child(script, arguments, log, environment, trap):
 def set_trap(where=None, number=1, sent=signal.SIGTERM):
     """Send this process a signal right after the number-th optimizer step, forward pass of an evaluation, copy of a
     checkpoint to memory, save of tensors (`part`: of a process's part of them), or change of a file. A file opened for
-    writing is empty at that moment."""
+    writing is empty at that moment. sent=None: raise what a full disk raises."""
     count = itertools.count(1)
     changes = [(os, name) for name in ('fsync', 'rename', 'replace', 'unlink', 'rmdir', 'mkdir')]
     functions = dict(step=[(torch.optim.AdamW, 'step')], evaluation=[(GPT, 'hidden_states')],
@@ -109,6 +109,8 @@ def set_trap(where=None, number=1, sent=signal.SIGTERM):
         def trapped(*arguments, function=getattr(owner, name), **options):
             result = function(*arguments, **options)
             if (where != 'evaluation' or not arguments[0].training) and next(count) == number:
+                if sent is None:
+                    raise OSError(28, 'No space left on device')
                 os.kill(os.getpid(), sent)
             return result
 
@@ -389,6 +391,15 @@ def test_adapters_of_two_processes(fsdp, undisturbed, tmp_path):
     assert step_of(many / 'last') == 5
     done(*start_processes(2, log, f'--out_dir={many}', '--init_from=resume', *fsdp))
     assert_close_runs(many, one)
+
+
+def test_unwritten_part(tmp_path):
+    """One of 2 x 2 processes cannot write its part: all end with a line, and the checkpoint before stays."""
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, f'--out_dir={tmp_path}/out', *TWO_BY_TWO]
+    for process in start_processes(4, tmp_path / 'log', *common, trap=('part', 2, None)):
+        status, printed = ended(process)
+        assert status == 2 and 'Traceback' not in printed and 'No space left on device; the check' in printed, printed
+    assert step_of(tmp_path / 'out/last') == 4
 
 
 def torchrun(nodes, number, restarts, out, *arguments):
