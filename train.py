@@ -221,6 +221,7 @@ if rank == 0 and data_dir == 'data/builtin' and not (data / 'meta.json').exists(
     say('making the built-in corpus, once:')
     subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
 summed(torch.zeros(1))  # the other processes wait
+check(not fsdp or (out / '.lock').exists(), f'{out} is not that of rank 0; with --fsdp all nodes must share it')
 try:
     meta = read_json(data / 'meta.json')
     sizes, token_dtype = {split: int(meta[f'{split}_tokens']) for split in ('train', 'val')}, np.dtype(meta['dtype'])
