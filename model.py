@@ -752,28 +752,40 @@ class Muon(torch.optim.Optimizer):
                 self.move(params[i:i + chunk], **{key: group[key] for key in self.defaults})
 
     def move(self, params, lr, momentum, weight_decay, pieces):
-        """Update parameters of one shape."""
+        """Update parameters of one shape. Processes that share matrices divide the work: each gets some of them whole.
+        """
         for p in params:
             if not self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
         first, grads, buffers = params[0], [p.grad for p in params], [self.state[p]['momentum'] for p in params]
-        if sharded := hasattr(first, 'to_local'):  # a DTensor of FSDP2: each process updates its own rows
+        dim = 0  # how FSDP2 divides matrices (M, m, n): into whole ones, rows or columns
+        if hasattr(first, 'to_local'):  # a DTensor
+            dim, group = max(0, first.placements[-1].dim + 3 - first.dim()), first.device_mesh.get_group(-1)
             params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's momentum
-        if split := sharded and first.dim() == 2:  # the rows of a matrix; a stack is split into whole matrices
-            from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-            shape, mesh = torch.Size((len(params), *first.shape)), first.device_mesh
-            update = DTensor.from_local(update, mesh, [Shard(1)], run_check=False, shape=shape,
-                                        stride=torch.empty(shape, device='meta').stride()).full_tensor()
-        matrices = update.view(-1, update.size(-2) // pieces, update.size(-1))
-        scale = lr * max(1, matrices.size(1) / matrices.size(2)) ** 0.5
-        matrices = orthogonalize(matrices, torch.bfloat16 if matrices.is_cuda else torch.float32)
-        update = matrices.mul_(scale).reshape(update.shape)
-        if split:
-            update = distribute_tensor(update, mesh, [Shard(1)], src_data_rank=None).to_local()
+        matrices, dtype = update.flatten(0, -3), torch.bfloat16 if update.is_cuda else torch.float32
+        shape = matrices.shape
+        if dim > 0:
+            matrices = exchange(matrices.to(dtype), dim, 0, first.size(dim - 3), group)
+        scale = lr * max(1, matrices.size(1) / pieces / matrices.size(2)) ** 0.5
+        moved = orthogonalize(matrices.unflatten(1, (pieces, -1)).flatten(0, 1), dtype).reshape(matrices.shape)
+        if dim > 0:
+            moved = exchange(moved, 0, dim, shape[0], group).narrow(dim, 0, shape[dim]).to(update.dtype)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_sub_(params, update.unbind())
+        torch._foreach_sub_(params, moved.mul_(scale).view_as(update).unbind())
+
+
+def exchange(x, old, new, size, group):
+    """Divide a tensor, of which each process of a group has a part x, along dimension `new` instead of `old`, where the
+    whole has `size`. What does not divide evenly is padded with zeros, along `new` in the result too."""
+    n = group.size()
+    for dim, missing in ((old, -(-size // n) - x.size(old)), (new, -x.size(new) % n)):
+        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
+    sent = torch.stack(x.chunk(n, new))
+    received = torch.empty_like(sent)
+    torch.distributed.all_to_all_single(received, sent, group=group)
+    return torch.cat(received.unbind(), old).narrow(old, 0, size)
 
 
 def orthogonalize(x, dtype):

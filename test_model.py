@@ -28,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -1512,6 +1513,24 @@ def test_stopped(where, number, sent, fox, tmp_path):
     assert_same_run(out, fox / 'short')
 
 
+def test_written_while_training(fox, tmp_path, monkeypatch):
+    """Training goes on while a checkpoint is written, which holds the weights and moments of its step."""
+    step, stepped, overlapped = torch.optim.AdamW.step, threading.Event(), []
+
+    def late_save(*arguments):
+        stepped.clear()
+        overlapped.append(stepped.wait(1))
+        save_file(*arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda *arguments: (step(*arguments), stepped.set()))
+    monkeypatch.setattr('safetensors.torch.save_file', late_save)
+    ran('train.py', f'--data_dir={fox}/data', f'--out_dir={tmp_path}', *SHORT)
+    assert any(overlapped) and state_of(tmp_path / 'last.old')['step'] == 18
+    for file in ('last.old/model.safetensors', 'last.old/optimizer.safetensors'):
+        ours, theirs = load_file(tmp_path / file), load_file(fox / 'short' / file)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize('file', ['model.safetensors', 'state.json', 'config.json', 'optimizer.safetensors'])
 def test_damaged_checkpoint(file, fox, tmp_path):
     """The older checkpoint replaces a damaged one."""
@@ -1534,19 +1553,25 @@ def assert_close_runs(out, other):
         assert (p - q).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize('flags', [[], ['--fsdp=True']], ids=['DDP', 'FSDP2'])
-def test_two_processes(flags, fox, tmp_path):
-    """Two processes give the numbers of one, which resumes what they began. Their checkpoint holds the whole model."""
-    one, two, log = tmp_path / 'one', tmp_path / 'two', tmp_path / 'log'
+@pytest.mark.parametrize('number, flags', [(2, []), (2, ['--fsdp=True']), (4, ['--fsdp=True', '--shard_size=2'])],
+                         ids=['DDP', 'FSDP2', 'HSDP'])
+def test_processes(number, flags, fox, tmp_path):
+    """Processes give the numbers of one, which resumes what they began. Their checkpoint holds the whole model."""
+    one, many, log = tmp_path / 'one', tmp_path / 'many', tmp_path / 'log'
     common = [f'--data_dir={fox}/data', *TINY, '--max_iters=12', '--eval_interval=4', '--log_interval=1',
-              '--warmup_iters=3', '--num_local_experts=3', '--tie_word_embeddings=True']  # 3: not divisible by 2
+              '--warmup_iters=3', '--num_local_experts=3', '--tie_word_embeddings=True',  # 3: not divisible by 2
+              '--gradient_accumulation_steps=3']
     finished(log, *common, f'--out_dir={one}')
-    finished(log, *common, *flags, f'--out_dir={two}', processes=2)
-    assert_close_runs(two, one)
-    finished(log, *common, *flags, f'--out_dir={two}', '--overwrite', processes=2, trap=('step', 7))
-    assert state_of(two / 'last')['step'] < 12
-    finished(log, f'--out_dir={two}', '--init_from=resume')
-    assert_close_runs(two, one)
+    finished(log, *common, *flags, f'--out_dir={many}', processes=number)
+    assert_close_runs(many, one)
+    finished(log, *common, *flags, f'--out_dir={many}', '--overwrite', processes=number, trap=('step', 7))
+    assert state_of(many / 'last')['step'] < 12
+    shutil.copytree(many, tmp_path / 'damaged')
+    finished(log, f'--out_dir={many}', '--init_from=resume')
+    assert_close_runs(many, one)
+    for part in sorted((tmp_path / 'damaged/last').glob('shard-*'))[:1]:  # FSDP2: a file for each process
+        part.unlink()
+        refused(run('train.py', f'--out_dir={tmp_path}/damaged', '--init_from=resume'), 'does not fit')
 
 
 @pytest.fixture(scope='session')

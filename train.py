@@ -22,19 +22,23 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict  # dcp.state_dict
 from filelock import FileLock
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard
 from tqdm.auto import tqdm
 
 from model import GPT, GPTConfig, find_checkpoint, open_file, read_json, save_file, write_json
@@ -89,6 +93,7 @@ dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: what t
 compile: bool | None = None  # torch.compile; None: on cuda only
 recompute = False  # activation checkpointing: less memory for a third more time
 fsdp = False  # under torchrun: shard weights, gradients and moments over the processes
+shard_size = 0  # with fsdp: processes that share one copy of them; 0: those of a node
 seed = 1337  # of weights, batches and dropout
 # -----------------------------------------------------------------------------
 settings, given = config.read(__file__, model=True)
@@ -114,6 +119,7 @@ def one_line_errors():
     except ValueError as error:
         config.fail(error)
     except OSError as error:
+        writer.shutdown()  # waits for what is being written
         for name in ('last.new', 'best.new'):  # they may fill the disk
             shutil.rmtree(out / name, ignore_errors=True)
         config.fail(f'{error}; the checkpoints in {out} are whole')
@@ -121,7 +127,7 @@ def one_line_errors():
         if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', str(error)):
             config.fail(f'{device} is out of memory; try --recompute=True, or halve --batch_size and double '
                         '--gradient_accumulation_steps')
-        check('closed by peer' not in str(error), 'another process ended; its message says why')
+        check(not re.search('(closed|reset) by peer', str(error)), 'another process ended; its message says why')
         raise
 
 
@@ -131,6 +137,8 @@ distributed, rank, world = 'RANK' in os.environ, int(os.environ.get('RANK', 0)),
 check(distributed or not fsdp, '--fsdp=True shards the model over processes; start it with torchrun')
 if distributed:
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+    writers = dist.new_group(backend='gloo')  # the threads that write checkpoints
+writer, writing = ThreadPoolExecutor(1), []  # this process's thread, and its job
 
 
 def summed(tensor):
@@ -175,7 +183,8 @@ if rank == 0:
 source, state = newest_checkpoint() if init_from == 'resume' else (None, SimpleNamespace(**NEW))
 if source:  # the settings of the run win over the defaults above; flags and config files win over both
     known = config.declared('model.py') | config.declared('train.py')
-    for key in state.settings.keys() & known.keys() - given - {'out_dir', 'init_from', 'overwrite', 'fsdp'}:
+    of_a_start = {'out_dir', 'init_from', 'overwrite', 'fsdp', 'shard_size'}
+    for key in state.settings.keys() & known.keys() - given - of_a_start:
         settings[key] = config.convert(f'{source}/state.json: {key}', state.settings[key], known[key][0])
     globals().update(settings)
 check(source or overwrite or not held, f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
@@ -195,6 +204,8 @@ check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsd
 # its processes. For example, 8 processes and 12 batches: 4 teams of 2, and a process takes half of each of 3 batches.
 teams = math.gcd(world, gradient_accumulation_steps)
 team_size, micro_steps = world // teams, gradient_accumulation_steps // teams
+shard_size = shard_size or int(os.environ.get('LOCAL_WORLD_SIZE', world))
+check(not fsdp or world % shard_size == 0, f'{world} processes cannot form groups of shard_size ({shard_size})')
 check(batch_size % team_size == 0, f'{team_size} processes cannot divide a batch of {batch_size} sequences evenly')
 if distributed and device != 'cpu':  # gloo does not reach mps
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if torch.cuda.is_available() else 'cpu'
@@ -210,6 +221,7 @@ if rank == 0 and data_dir == 'data/builtin' and not (data / 'meta.json').exists(
     say('making the built-in corpus, once:')
     subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
 summed(torch.zeros(1))  # the other processes wait
+check(not fsdp or (out / '.lock').exists(), f'{out} is not that of rank 0; with --fsdp all nodes must share it')
 try:
     meta = read_json(data / 'meta.json')
     sizes, token_dtype = {split: int(meta[f'{split}_tokens']) for split in ('train', 'val')}, np.dtype(meta['dtype'])
@@ -329,53 +341,65 @@ def load_model():
 
 
 def shard(model):
-    """Divide the model of rank 0 over the processes by FSDP2, layer by layer."""
+    """Divide the model of rank 0 by FSDP2, layer by layer. Each shard_size processes hold a whole copy: weights travel
+    among them, and gradients between the copies once a step."""
+    mesh = init_device_mesh(device_type, (world // shard_size, shard_size), mesh_dim_names=('copies', 'parts'))
+
+    def placement(p):  # the first dimension that divides evenly, or else the first, which is padded
+        return Shard(next((dim for dim, size in enumerate(p.shape) if size % shard_size == 0), 0))
+
+    spread = partial(fully_shard, mesh=mesh, shard_placement_fn=placement)
     weights = {} if rank else model.state_dict()  # keeps the tensors
     model.to('meta').tie_weights()
     for layer in model.model.layers:
         if dtype != 'float32' and not model.lora:  # experts compute in 16 bits, so they are gathered in them
             policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
-            fully_shard(layer.mlp.experts, mp_policy=policy)
-        fully_shard(layer)
-    fully_shard(model).to_empty(device=device).reset_counters(device)
-    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp.set_model_state_dict(model, weights, options=options)
+            spread(layer.mlp.experts, mp_policy=policy)
+        spread(layer)
+    spread(model).to_empty(device=device).reset_counters(device)
+    options = dcp.state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp.state_dict.set_model_state_dict(model, weights, options=options)
 
 
 def gathered():
-    """A copy of the sharded model, whole in the memory of rank 0. All processes must call this."""
-    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """A copy of what is trained, whole in the memory of rank 0. All processes must call this."""
     with torch.device('meta'):
         whole = GPT(model.config)
     if model.lora:
         whole.add_lora(*model.lora.values())
         whole.source = model.source
-    if rank == 0:
-        whole.load_state_dict(weights, assign=True)
-        whole.tie_weights()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if not model.lora or 'lora.' in name:
+            tensor = tensor.full_tensor() if fsdp else tensor
+            if rank == 0:
+                weights[name] = tensor.to('cpu', copy=True)
+    whole.load_state_dict(weights, strict=False, assign=True)
+    whole.tie_weights()
     return whole
 
 
-def optimizer_state(whole=False):
+def optimizer_state():
     """{name: tensor} of the state of the optimizers and of the rows of each expert: what a resumed run needs beside the
-    weights. They are the tensors themselves. whole: a copy on rank 0, gathered from all processes, which all must call.
-    """
-    options = dcp.StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=True)
-    found = dcp.get_optimizer_state_dict(model, optimizers, options=options)
-    load = summed(model.expert_load.clone()) if whole else model.expert_load
-    return {name: value for name, value in found.items() if torch.is_tensor(value)} | dict(expert_load=load)
+    weights. They are the tensors themselves, with FSDP2 DTensors."""
+    options = dcp.state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    found = dcp.state_dict.get_optimizer_state_dict(model, optimizers, options=options)
+    tensors = {name: value for name, value in found.items() if torch.is_tensor(value)}
+    return tensors | dict(expert_load=model.expert_load)
 
 
-def load_optimizer_state(path):
-    """Load what any number of processes wrote. Each process reads the file and takes its rows of the tensors."""
-    with open_file(path) as file:
-        for name, ours in optimizer_state().items():
-            theirs = file.get_tensor(name) if name in file.keys() else torch.empty(0)
-            check((theirs.shape, theirs.dtype) == (ours.shape, ours.dtype), f'{path} does not fit these optimizers '
-                  f'({name}); --init_from={source} --out_dir=NEW starts another run from the weights')
-            if isinstance(ours, DTensor):
-                theirs = distribute_tensor(theirs, ours.device_mesh, ours.placements, src_data_rank=None)
-            ours.copy_(theirs)
+def load_optimizer_state(folder):
+    """Load what any number of processes wrote. Each process reads its parts."""
+    warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # that is meant: each reads for itself
+    reader = dcp.HuggingFaceStorageReader(folder)
+    try:
+        for name, saved in reader.read_metadata().state_dict_metadata.items():
+            if sum(chunk.sizes.numel() for chunk in saved.chunks) != saved.size.numel():
+                raise ValueError(f'parts of {name} are missing')
+        dcp.load(optimizer_state(), storage_reader=reader, no_dist=True)
+    except (Exception, dcp.api.CheckpointException) as error:  # damaged headers raise many types
+        config.fail(f'{folder} does not fit these optimizers ({type(error).__name__}); --init_from={folder} '
+                    '--out_dir=NEW starts another run from the weights')
     if rank > 0:
         model.expert_load.zero_()  # rank 0 has the rows of all
 
@@ -393,7 +417,7 @@ with one_line_errors():
     optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
     if source:
         check(state.step < max_iters, f'{source} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
-        load_optimizer_state(source / 'optimizer.safetensors')
+        load_optimizer_state(source)
 scaler = (ShardedGradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=dtype == 'float16')
 if state.scaler:
     scaler.load_state_dict(state.scaler)
@@ -444,32 +468,51 @@ def evaluate():
     return loss / count
 
 
-def write_checkpoint(folder):
-    """Write best or last atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
-    new, old = folder.with_suffix('.new'), folder.with_suffix('.old')
-    whole = gathered() if fsdp else model
-    tensors = optimizer_state(whole=True) if folder == last else {}
-    if rank > 0:
-        return
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    whole.save_adapter(new) if model.lora else whole.save_pretrained(new)
-    write_json(new / 'meta.json', meta | dict(block_size=trained_on))
-    if (data / 'tokenizer.tiktoken').exists():
-        shutil.copy(data / 'tokenizer.tiktoken', new)
-    write_json(new / 'state.json', vars(state) | dict(scaler=scaler.state_dict(), settings=settings))
-    if tensors:
-        save_file(tensors, new / 'optimizer.safetensors')
-    for path in (*new.iterdir(), new):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    if folder == best:
-        shutil.rmtree(old, ignore_errors=True)
+def write_checkpoint(*folders):
+    """Copy the run to the memory of the CPU, then write it to best or last, or both, while training goes on."""
+    for job in writing:  # one at a time
+        job.result()
+    for folder in folders if rank == 0 else ():
+        shutil.rmtree(folder.with_suffix('.new'), ignore_errors=True)
+        folder.with_suffix('.new').mkdir()
+    whole, tensors = gathered(), optimizer_state() | dict(expert_load=summed(model.expert_load.clone()))
+    held = last in folders and (fsdp or rank == 0)
+    moments = {name: tensor.detach().to('cpu', copy=True) for name, tensor in tensors.items() if held}
+    run_state = json.dumps(vars(state) | dict(scaler=scaler.state_dict(), settings=settings), indent=2)
+    writing[:] = [writer.submit(write_files, folders, whole, moments, run_state)]
+
+
+def write_files(folders, whole, moments, run_state):
+    """Write folders atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
+    for folder in folders:
+        new, old = folder.with_suffix('.new'), folder.with_suffix('.old')
+        if fsdp and folder == last:  # a file for each process; it returns when all are written
+            if device_type == 'cuda':
+                torch.cuda.set_device(device)  # a thread begins with the first GPU
+            storage = dcp.HuggingFaceStorageWriter(new, save_distributed=True)  # more threads would lose errors
+            try:
+                dcp.save(moments, storage_writer=storage, process_group=writers)
+            except dcp.api.CheckpointException as error:
+                raise OSError(*(cause for cause, _ in error.failures.values())) from None
+        if rank > 0:
+            continue
+        whole.save_adapter(new) if whole.lora else whole.save_pretrained(new)
+        write_json(new / 'meta.json', meta | dict(block_size=trained_on))
+        if (data / 'tokenizer.tiktoken').exists():
+            shutil.copy(data / 'tokenizer.tiktoken', new)
+        (new / 'state.json').write_text(run_state)
+        if folder == last and not fsdp:
+            save_file(moments, new / 'optimizer.safetensors')
+        for path in (*new.iterdir(), new):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        if folder == best:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def log(**row):
@@ -573,8 +616,10 @@ with one_line_errors():
         # the mean number of targets in a part of a batch; dividing by it gives every target of the step equal weight
         count = summed(sum((y >= 0).sum() for _, y in parts)).clamp(min=1) / (micro_steps * world)
         for micro_step, (x, y) in enumerate(parts, 1):
-            if distributed and not fsdp:
-                run.require_backward_grad_sync = micro_step == micro_steps  # DDP sums gradients once a step
+            if fsdp:
+                model.set_requires_all_reduce(micro_step == micro_steps)  # between copies, once a step
+            elif distributed:
+                run.require_backward_grad_sync = micro_step == micro_steps
             with autocast:
                 loss = run(x, y, return_logits=False, count=count)[1]
             scaler.scale(loss / micro_steps).backward()
@@ -607,17 +652,19 @@ with one_line_errors():
             log(**row)
             progress.set_postfix(dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{row["tokens_per_second"]:,.0f}'), False)
             state.losses, seconds = [], []
+        stopping = stopping or state.skipped_in_a_row == 10
         evaluated = state.step % eval_interval == 0 or state.step == max_iters
         if evaluated and (val_loss := evaluate()) < state.best_loss:
             state.best_loss, state.best_step = val_loss, state.step
-        if evaluated or stopping or state.skipped_in_a_row == 10:
-            write_checkpoint(last)
-        if evaluated and state.best_step == state.step:
-            write_checkpoint(best)
-        check(state.skipped_in_a_row < 10, f'the loss or its gradient was not finite in 10 steps in a row, which were '
-                                           f'skipped; {last} holds the weights. Try a lower --learning_rate')
+        if evaluated or stopping:
+            improved = evaluated and state.best_step == state.step
+            write_checkpoint(last, best) if improved else write_checkpoint(last)
         with suppress(OSError):  # stderr may be closed
             progress.update()
+    for job in writing:
+        job.result()
+check(state.skipped_in_a_row < 10, 'the loss or its gradient was not finite in 10 steps in a row, which were skipped; '
+                                   f'{last} holds the weights. Try a lower --learning_rate')
 progress.close()
 if state.step < max_iters:
     say(f'{stopped_by or "another process"} stopped the run after step {state.step}; --out_dir={out_dir} '

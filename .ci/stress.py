@@ -96,17 +96,21 @@ def child(script, arguments, log, environment, trap):
 
 
 def set_trap(where=None, number=1, sent=signal.SIGTERM):
-    """Send this process a signal right after the number-th optimizer step, forward pass of an evaluation, save of
-    tensors, or change of a file. A file opened for writing is empty at that moment."""
+    """Send this process a signal right after the number-th optimizer step, forward pass of an evaluation, copy of a
+    checkpoint to memory, save of tensors (`part`: of a process's part of them), or change of a file. A file opened for
+    writing is empty at that moment. sent=None: raise what a full disk raises."""
     count = itertools.count(1)
     changes = [(os, name) for name in ('fsync', 'rename', 'replace', 'unlink', 'rmdir', 'mkdir')]
     functions = dict(step=[(torch.optim.AdamW, 'step')], evaluation=[(GPT, 'hidden_states')],
-                     save=[(safetensors.torch, 'save_file')],
+                     copy=[(torch.optim.AdamW, 'state_dict')], save=[(safetensors.torch, 'save_file')],
+                     part=[(safetensors.torch, 'save')],
                      file=[*changes, (io, 'open'), (safetensors.torch, 'save_file')])
     for owner, name in functions.get(where, []):
         def trapped(*arguments, function=getattr(owner, name), **options):
             result = function(*arguments, **options)
             if (where != 'evaluation' or not arguments[0].training) and next(count) == number:
+                if sent is None:
+                    raise OSError(28, 'No space left on device')
                 os.kill(os.getpid(), sent)
             return result
 
@@ -231,9 +235,11 @@ def test_sigterm(where, number, stopped_at, undisturbed, tmp_path):
     out, log = tmp_path / 'out', tmp_path / 'log'
     printed = done(start(log, 'train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT,
                          trap=(where, number)))
-    before = (stopped_at - 1) // 6 * 6
-    assert step_of(out / 'last') == stopped_at and (step_of(out / 'last.old') if before else 0) == before
-    if stopped_at < 24:
+    last = step_of(out / 'last')
+    before = (last - 1) // 6 * 6
+    assert last == stopped_at or where == 'save' and last > stopped_at  # training went on while it was written
+    assert (step_of(out / 'last.old') if before else 0) == before
+    if last < 24:
         command = [word for word in printed.split() if word.startswith(('--out_dir=', '--init_from='))]
         done(start(log, 'train.py', *command))  # the run remembers its other settings
     assert_same_run(out, undisturbed[1])
@@ -314,10 +320,13 @@ def test_several_runs_in_one_folder(undisturbed, tmp_path):
     (2, '--gradient_accumulation_steps=3 --batch_size=2'), (4, '--gradient_accumulation_steps=2 --fsdp=True'), (4, ''),
     (2, '--compile=True'), (2, '--fsdp=True --compile=True'),
     (2, '--fsdp=True --num_local_experts=3 --tie_word_embeddings=True'),
-    (2, '--fsdp=True --muon_lr=0 --learning_rate=1e-3')])
+    (2, '--fsdp=True --muon_lr=0 --learning_rate=1e-3'), (4, '--fsdp=True --shard_size=2 --num_local_experts=5'),
+    (4, '--fsdp=True --shard_size=1 --gradient_accumulation_steps=8'),
+    (4, '--fsdp=True --shard_size=2 --gradient_accumulation_steps=3 --recompute=True'),
+    (4, '--fsdp=True --hidden_size=30 --head_dim=6 --gradient_accumulation_steps=12')])  # 4 does not divide 30
 def test_processes(number, changes, tmp_path):
-    """One process or several, DDP or FSDP2: the same numbers, and each resumes what the other began."""
-    log, fsdp = tmp_path / 'log', [change for change in changes.split() if change == '--fsdp=True']
+    """One process or several, DDP, FSDP2 or HSDP: the same numbers, and each resumes what the other began."""
+    log, fsdp = tmp_path / 'log', [change for change in changes.split() if change.startswith(('--fsdp', '--shard'))]
     common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED]
     common += [change for change in changes.split() if change not in fsdp]
     one, many, mixed = (tmp_path / name for name in ('one', 'many', 'mixed'))
@@ -333,7 +342,45 @@ def test_processes(number, changes, tmp_path):
         assert_close_runs(mixed, one)
 
 
-@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True']], ids=['ddp', 'fsdp'])
+TWO_BY_TWO = ['--fsdp=True', '--shard_size=2']
+
+
+@pytest.mark.parametrize('number, flags', [
+    (1, []), (2, []), (2, ['--fsdp=True']), (3, []), (3, ['--fsdp=True']), (4, []), (4, ['--fsdp=True'])])
+def test_other_meshes(number, flags, tmp_path):
+    """What 2 x 2 processes began, any number resumes, and the other way round."""
+    log, one, many = tmp_path / 'log', tmp_path / 'one', tmp_path / 'many'
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--batch_size=12', '--num_local_experts=5',
+              '--max_iters=12']
+    done(start(log, 'train.py', *common, f'--out_dir={one}'))
+    layouts = (4, TWO_BY_TWO), (number, flags)
+    for (begin, began_with), (resume, resumed_with) in (layouts, layouts[::-1]):
+        done(*start_processes(begin, log, *common, *began_with, f'--out_dir={many}', '--overwrite', trap=('step', 6)))
+        assert step_of(many / 'last') == 7
+        done(*start_processes(resume, log, *resumed_with, f'--out_dir={many}', '--init_from=resume'))
+        assert_close_runs(many, one)
+
+
+@pytest.mark.parametrize('where, number', [('step', 7), ('copy', 3), ('part', 2)])
+def test_killed_processes(where, number, tmp_path):
+    """A process of 2 x 2 is killed in a step, or while a checkpoint is copied to memory or written. The others end
+    within a minute, and four or two processes go on to the same numbers."""
+    log, one, many = tmp_path / 'log', tmp_path / 'one', tmp_path / 'many'
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--max_iters=16']
+    done(start(log, 'train.py', *common, f'--out_dir={one}'))
+    for resume, flags in ((4, TWO_BY_TWO), (2, ['--fsdp=True'])):
+        processes = start_processes(4, log, *common, *TWO_BY_TWO, f'--out_dir={many}', '--overwrite',
+                                    trap=(where, number, signal.SIGKILL))
+        processes[-1].join(600)
+        began = time.time()
+        statuses = [ended(process)[0] for process in processes]
+        assert statuses[-1] == -9 and 0 not in statuses and time.time() - began < 60
+        assert step_of(many / 'last') in (4, 8)
+        done(*start_processes(resume, log, *flags, f'--out_dir={many}', '--init_from=resume'))
+        assert_close_runs(many, one)
+
+
+@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True'], ['--fsdp=True', '--shard_size=1']], ids=['ddp', 'fsdp', 'hsdp'])
 def test_adapters_of_two_processes(fsdp, undisturbed, tmp_path):
     """Adapters, whose checkpoints do not hold the base model: stopped, resumed, and equal to those of one process."""
     log, flags = tmp_path / 'log', [f'--data_dir={undisturbed[0]}', f'--init_from={undisturbed[1]}/best', *MODEL[3:],
@@ -346,15 +393,24 @@ def test_adapters_of_two_processes(fsdp, undisturbed, tmp_path):
     assert_close_runs(many, one)
 
 
-def torchrun(nodes, restarts, out, *arguments):
-    """train.py by the documented command, with `nodes` torchruns of two processes in all. Rank 1 is killed once, after
-    the first checkpoint -> (exit statuses, stderr)."""
+def test_unwritten_part(tmp_path):
+    """One of 2 x 2 processes cannot write its part: all end with a line, and the checkpoint before stays."""
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, f'--out_dir={tmp_path}/out', *TWO_BY_TWO]
+    for process in start_processes(4, tmp_path / 'log', *common, trap=('part', 2, None)):
+        status, printed = ended(process)
+        assert status == 2 and 'Traceback' not in printed and 'No space left on device; the check' in printed, printed
+    assert step_of(tmp_path / 'out/last') == 4
+
+
+def torchrun(nodes, number, restarts, out, *arguments):
+    """train.py by the documented command, with `nodes` torchruns of `number` processes in all. Rank 1 is killed once,
+    after the first checkpoint -> (exit statuses, stderr, seconds from the kill to the end)."""
     with socket.socket() as free:
         free.bind(('', 0))
         port = free.getsockname()[1]
     command = ['torchrun', f'--nnodes={nodes}', '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}',
-               f'--nproc_per_node={2 // nodes}', f'--max-restarts={restarts}', ROOT / 'train.py', f'--out_dir={out}',
-               '--init_from=resume', *arguments]
+               f'--nproc_per_node={number // nodes}', f'--max-restarts={restarts}', ROOT / 'train.py',
+               f'--out_dir={out}', '--init_from=resume', *arguments]
     options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                    env=os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'))
     agents = [subprocess.Popen(command, **options) for _ in range(nodes)]
@@ -365,24 +421,26 @@ def torchrun(nodes, restarts, out, *arguments):
             with contextlib.suppress(OSError):  # it ended
                 if str(out) in (process / 'cmdline').read_text() and '\0RANK=1\0' in (process / 'environ').read_text():
                     os.kill(int(process.name), signal.SIGKILL)
+        killed = time.time()
         errors = [agent.communicate(timeout=300)[1] for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
-    return [agent.returncode for agent in agents], ''.join(errors)
+    return [agent.returncode for agent in agents], ''.join(errors), time.time() - killed
 
 
-@pytest.mark.parametrize('nodes, fsdp', [(1, []), (1, ['--fsdp=True']), (2, [])])
-def test_torchrun(nodes, fsdp, tmp_path):
+@pytest.mark.parametrize('nodes, number, fsdp', [(1, 2, []), (1, 2, ['--fsdp=True']), (2, 2, []),
+                                                 (2, 8, ['--fsdp=True'])])
+def test_torchrun(nodes, number, fsdp, tmp_path):
     """A rank that dies ends the job within a minute. With --max-restarts the job goes on from the last checkpoint, to
     the numbers of an undisturbed run. Two nodes are two torchruns here."""
-    one, many, common = tmp_path / 'one', tmp_path / 'many', [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED]
+    one, many = tmp_path / 'one', tmp_path / 'many'
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--batch_size=8']
     done(start(tmp_path / 'log', 'train.py', *common, f'--out_dir={one}'))
-    began = time.time()
-    statuses, errors = torchrun(nodes, 0, many, *common, *fsdp)
-    assert '-9' in errors and all(statuses) and time.time() - began < 60, errors
+    statuses, errors, seconds = torchrun(nodes, number, 0, many, *common, *fsdp)
+    assert '-9' in errors and all(statuses) and seconds < 60, errors
     shutil.rmtree(many)
-    statuses, errors = torchrun(nodes, 1, many, *common, *fsdp)
+    statuses, errors, _ = torchrun(nodes, number, 1, many, *common, *fsdp)
     assert '-9' in errors and not any(statuses), errors
     assert_close_runs(many, one)
 
