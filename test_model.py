@@ -28,7 +28,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -1127,12 +1126,11 @@ def harmony_parts(harmony, chat, tools, effort, training):
     developer = harmony.DeveloperContent.new()
     if chat[0]['role'] in ('system', 'developer'):
         developer, chat = developer.with_instructions(chat[0]['content']), chat[1:]
-    functions = [tool.get('function', tool) for tool in tools]
     if tools:
         developer = developer.with_function_tools([harmony.ToolDescription.new(
-            tool['name'], tool['description'], parameters=tool.get('parameters')) for tool in functions])
-    if developer.instructions or tools:
-        parts.append(message(role.DEVELOPER, developer))
+            tool['name'], tool['description'], parameters=tool.get('parameters'))
+            for tool in (tool.get('function', tool) for tool in tools)])
+    parts += [message(role.DEVELOPER, developer)] if developer.instructions or tools else []
     for m in chat:
         if m['role'] == 'tool':
             author = harmony.Author.new(role.TOOL, f'functions.{names[m["tool_call_id"]]}')
@@ -1159,16 +1157,16 @@ def harmony_parts(harmony, chat, tools, effort, training):
 
 @needs_vocabulary
 def test_harmony(tmp_path, monkeypatch):
-    """20 conversations, rendered by us and by the template of an export, against openai-harmony, token for token."""
+    """20 conversations, rendered by us and by the template of an export, against openai-harmony, token for token. Its
+    default drops reasoning before the first final answer only; gpt-oss's template, and ours, before each earlier one."""
     harmony, encoder = pytest.importorskip('openai_harmony'), tiktoken.get_encoding('o200k_harmony')
     table = (base64.b64encode(token) + b' %d' % rank for token, rank in encoder._mergeable_ranks.items())
     (tmp_path / 'o200k_base.tiktoken').write_bytes(b'\n'.join(table) + b'\n')
     monkeypatch.setenv('TIKTOKEN_ENCODINGS_BASE', str(tmp_path))
     theirs, exported = harmony.load_harmony_encoding('HarmonyGptOss'), exported_tokenizer(tmp_path, encoder)
-    everything, with_tools = harmony.RenderConversationConfig(auto_drop_analysis=False), 0
+    everything = harmony.RenderConversationConfig(auto_drop_analysis=False)
     for number in range(20):
         chat, tools = random_chat(random.Random(number))
-        with_tools += bool(tools)
         effort, ours = ('low', 'medium', 'high')[number % 3], prepare.Chat(chat, tools)
         seen = harmony_parts(harmony, chat, tools, effort, training=False)
         prompt = theirs.render_conversation_for_completion(seen, harmony.Role.ASSISTANT, everything)
@@ -1182,7 +1180,6 @@ def test_harmony(tmp_path, monkeypatch):
         assert (found['input_ids'], found['assistant_masks']) == (tokens, mask)
         found = exported.apply_chat_template(chat, tools=tools, add_generation_prompt=True, reasoning_effort=effort)
         assert found['input_ids'] == prompt
-    assert 5 < with_tools < 20
     assert set(sample.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
 
 
@@ -1325,20 +1322,8 @@ def test_bpe_on_long_runs(monkeypatch):
     fake = SimpleNamespace(train_from_iterator=lambda texts, trainer: seen.extend(texts),
                            to_str=lambda: '{"model": {"merges": []}}')
     monkeypatch.setattr(tokenizers, 'Tokenizer', lambda model: fake)
-    texts = ['ACGT' * 50_000, '0123' * 3000, '.;' * 3000, '\n' * 3000, 'some words ' * 3000]
-    prepare.train_tokenizer(texts)
+    prepare.train_tokenizer(texts := ['ACGT' * 50_000, '0123' * 3000, '.;' * 3000, '\n' * 3000, 'some words ' * 3000])
     assert ''.join(seen) == ''.join(texts) and max(len(run) for text in seen for run in text.split(' ')) <= 1024
-
-
-def test_short_lines():
-    """Reading many short lines takes time in proportion to their characters."""
-    seconds = {}
-    for name, line in (('short', 'ab\n'), ('long', 'ab ' * 3000 + '\n')):
-        blocks = [line * (2 ** 20 // len(line))] * 8
-        began = time.perf_counter()
-        assert ''.join(text for text, _ in prepare.text_file(blocks)) == ''.join(blocks)
-        seconds[name] = time.perf_counter() - began
-    assert seconds['short'] < 2 * seconds['long'] + 0.5
 
 
 def test_spelled_special_tokens(tmp_path):
@@ -1513,24 +1498,6 @@ def test_stopped(where, number, sent, fox, tmp_path):
     assert_same_run(out, fox / 'short')
 
 
-def test_written_while_training(fox, tmp_path, monkeypatch):
-    """Training goes on while a checkpoint is written, which holds the weights and moments of its step."""
-    step, stepped, overlapped = torch.optim.AdamW.step, threading.Event(), []
-
-    def late_save(*arguments):
-        stepped.clear()
-        overlapped.append(stepped.wait(1))
-        save_file(*arguments)
-
-    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda *arguments: (step(*arguments), stepped.set()))
-    monkeypatch.setattr('safetensors.torch.save_file', late_save)
-    ran('train.py', f'--data_dir={fox}/data', f'--out_dir={tmp_path}', *SHORT)
-    assert any(overlapped) and state_of(tmp_path / 'last.old')['step'] == 18
-    for file in ('last.old/model.safetensors', 'last.old/optimizer.safetensors'):
-        ours, theirs = load_file(tmp_path / file), load_file(fox / 'short' / file)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 @pytest.mark.parametrize('file', ['model.safetensors', 'state.json', 'config.json', 'optimizer.safetensors'])
 def test_damaged_checkpoint(file, fox, tmp_path):
     """The older checkpoint replaces a damaged one."""
@@ -1553,18 +1520,26 @@ def assert_close_runs(out, other):
         assert (p - q).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize('number, flags', [(2, []), (2, ['--fsdp=True']), (4, ['--fsdp=True', '--shard_size=2'])],
-                         ids=['DDP', 'FSDP2', 'HSDP'])
-def test_processes(number, flags, fox, tmp_path):
+def test_windows(fox, tmp_path, monkeypatch):
+    """Windows flushes only files that are open for writing, and no folders, which it cannot open."""
+    flushed = []
+    monkeypatch.delattr(os, 'O_DIRECTORY')
+    monkeypatch.setattr(os, 'fsync', lambda file: flushed.append(os.write(file, b'')))  # fails for other files
+    ran('train.py', f'--data_dir={fox}/data', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=2')
+    assert len(flushed) > 5
+
+
+@pytest.mark.parametrize('flags', [[], ['--fsdp=True']], ids=['DDP', 'FSDP2'])
+def test_processes(flags, fox, tmp_path):
     """Processes give the numbers of one, which resumes what they began. Their checkpoint holds the whole model."""
     one, many, log = tmp_path / 'one', tmp_path / 'many', tmp_path / 'log'
     common = [f'--data_dir={fox}/data', *TINY, '--max_iters=12', '--eval_interval=4', '--log_interval=1',
               '--warmup_iters=3', '--num_local_experts=3', '--tie_word_embeddings=True',  # 3: not divisible by 2
               '--gradient_accumulation_steps=3']
     finished(log, *common, f'--out_dir={one}')
-    finished(log, *common, *flags, f'--out_dir={many}', processes=number)
+    finished(log, *common, *flags, f'--out_dir={many}', processes=2)
     assert_close_runs(many, one)
-    finished(log, *common, *flags, f'--out_dir={many}', '--overwrite', processes=number, trap=('step', 7))
+    finished(log, *common, *flags, f'--out_dir={many}', '--overwrite', processes=2, trap=('step', 7))
     assert state_of(many / 'last')['step'] < 12
     shutil.copytree(many, tmp_path / 'damaged')
     finished(log, f'--out_dir={many}', '--init_from=resume')

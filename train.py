@@ -39,6 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import Shard
+from torch.utils._triton import has_triton
 from tqdm.auto import tqdm
 
 from model import GPT, GPTConfig, find_checkpoint, open_file, read_json, save_file, write_json
@@ -90,7 +91,7 @@ wandb_run_name = ''  # its name of the run; empty: out_dir
 # machine
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: what the device is fast in
-compile: bool | None = None  # torch.compile; None: on cuda only
+compile: bool | None = None  # torch.compile; None: on cuda with Triton, if the run has over 1e16 FLOPs, a minute
 recompute = False  # activation checkpointing: less memory for a third more time
 fsdp = False  # under torchrun: shard weights, gradients and moments over the processes
 shard_size = 0  # with fsdp: processes that share one copy of them; 0: those of a node
@@ -422,7 +423,10 @@ scaler = (ShardedGradScaler if fsdp else torch.amp.GradScaler)(device_type, enab
 if state.scaler:
     scaler.load_state_dict(state.scaler)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
-use_compile = device_type == 'cuda' if compile is None else compile
+flops, peak_flops = model.flops_per_token(block_size), config.peak_flops(device, dtype)
+tokens_per_step = batch_size * gradient_accumulation_steps * block_size
+pays = device_type == 'cuda' and has_triton() and max_iters * tokens_per_step * flops / world > 1e16
+use_compile = pays if compile is None else compile
 if use_compile:
     for module in model.model.layers if fsdp else [model]:
         module.compile(dynamic=False)  # one graph for training, one for evaluation
@@ -503,8 +507,8 @@ def write_files(folders, whole, moments, run_state):
         (new / 'state.json').write_text(run_state)
         if folder == last and not fsdp:
             save_file(moments, new / 'optimizer.safetensors')
-        for path in (*new.iterdir(), new):
-            handle = os.open(path, os.O_RDONLY)
+        for path in (*new.iterdir(), *([new] if hasattr(os, 'O_DIRECTORY') else [])):  # Windows opens no folders
+            handle = os.open(path, os.O_RDONLY if path == new else os.O_RDWR)
             os.fsync(handle)
             os.close(handle)
         if folder.exists():
@@ -591,12 +595,10 @@ if rank == 0:
             state.wandb = wandb.run.id
         except Exception as error:  # it is not installed, or raises one of many types without a key or a network
             config.fail(f'wandb cannot start ({type(error).__name__}: {error}); pip install wandb, or drop --wandb_log')
-flops, peak_flops = model.flops_per_token(block_size), config.peak_flops(device, dtype)
 say(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
     f'{sizes["train"]:,} training tokens; {f"{world} x " if distributed else ""}{device}, {dtype}'
     f'{", compiled" if use_compile else ""}')
 stopped_by, stopping, seconds = None, False, []
-tokens_per_step = batch_size * gradient_accumulation_steps * block_size
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 progress = tqdm(total=max_iters, initial=state.step, unit='step', dynamic_ncols=True, disable=rank > 0)

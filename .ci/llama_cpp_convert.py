@@ -2,7 +2,9 @@
 Convert an export to GGUF with a pre-tokenizer that you name, because llama.cpp's converter knows those of published
 vocabularies alone. gpt-2 is right for the tokenizer bpe. Exports with a tokenizer of tiktoken need no such help.
 
-    python .ci/llama_cpp_convert.py LLAMA_CPP_FOLDER gpt-2 EXPORT --outfile=FILE.gguf    # flags of convert_hf_to_gguf.py
+    python .ci/llama_cpp_convert.py LLAMA_CPP_FOLDER gpt-2 EXPORT --outfile=FILE.gguf
+
+The flags are those of convert_hf_to_gguf.py.
 """
 
 import sys

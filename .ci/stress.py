@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -46,7 +47,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
-from prepare import load_tokenizer
+from prepare import load_tokenizer, text_file
 
 NUMBER = int(os.environ.get('NUMBER', 1000))  # mutations of each kind, random commands; a twentieth of it: kills
 MODEL = '--hidden_size=32 --intermediate_size=32 --num_hidden_layers=2 --block_size=16 --batch_size=4'.split()
@@ -199,6 +200,36 @@ def undisturbed(tmp_path_factory):
     data = make_data(folder)
     done(start(folder / 'log', 'train.py', f'--data_dir={data}', f'--out_dir={folder}/out', *SHORT))
     return data, folder / 'out'
+
+
+def test_written_while_training(undisturbed, tmp_path, monkeypatch):
+    """Training goes on while a checkpoint is written, which holds the weights and moments of its step."""
+    (data, other), step, save_file = undisturbed, torch.optim.AdamW.step, safetensors.torch.save_file
+    stepped, overlapped = threading.Event(), []
+
+    def late_save(*arguments):
+        stepped.clear()
+        overlapped.append(stepped.wait(1))
+        save_file(*arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda *arguments: (step(*arguments), stepped.set()))
+    monkeypatch.setattr('safetensors.torch.save_file', late_save)
+    assert run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}', *SHORT)[0] == 0
+    assert any(overlapped)
+    for file in ('last.old/model.safetensors', 'last.old/optimizer.safetensors'):
+        ours, theirs = load_file(tmp_path / file), load_file(other / file)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_short_lines():
+    """Reading many short lines takes time in proportion to their characters."""
+    seconds = {}
+    for name, line in (('short', 'ab\n'), ('long', 'ab ' * 3000 + '\n')):
+        blocks = [line * (2 ** 20 // len(line))] * 8
+        began = time.process_time()
+        assert ''.join(text for text, _ in text_file(blocks)) == ''.join(blocks)
+        seconds[name] = time.process_time() - began
+    assert seconds['short'] < 2 * seconds['long'] + 0.5
 
 
 # --- killed, stopped, without disk or data ---------------------------------------------------------------------------
