@@ -5,13 +5,14 @@ Measure how fast a config trains and generates on this machine, and how much mem
     python bench.py config/tinystories.py --batch_size=8 --profile
     python bench.py --compare                                               # beside transformers' GptOss and GPT-2
     python bench.py config/shakespeare_char_cpu.py --learn --max_iters=400  # losses and costs beside a dense GPT-2
-    python bench.py config/gpt_oss_20b.py --block_size=2048 --scale         # an estimate for 1 to 512 GPUs
+    python bench.py config/gpt_oss_20b.py --block_size=2048 --scale         # an estimate for 8 to 512 GPUs
 
 Each figure is the median of several rounds, each a fresh process with a peak memory of its own. The rows take turns.
 """
 
 import config  # first: it sets up OpenMP and makes Ctrl-C quiet
 
+import itertools
 import json
 import multiprocessing
 import resource
@@ -277,24 +278,24 @@ def scale_rows(s, shape, peak):
         model = GPT(c)
     total, experts = model.num_parameters() / 1e9, L * E * (3 * D * I + 2 * I + D) / 1e9
     tokens, batches = s.batch_size * s.block_size, s.gradient_accumulation_steps
-    compute = batches * tokens * model.flops_per_token(s.block_size) / (peak * s.assumed_mfu)
     # the 2-byte values that autograd keeps of a token and layer, fitted to its counts: norms, attention, chosen experts
     values = 16 * D + 4 * c.num_attention_heads * c.head_dim + k * (2 * D + 6 * I)
-    for gpus, shards in ((1, 1), (8, 1), (8, 8), (64, 1), (64, 64), (512, 1), (512, 512)):
-        # FSDP2 shards the experts one by one, so that a GPU holds at least one and gathers padding of the others
-        held = (total - experts) / shards + experts / min(shards, E)
-        moved = total - experts + experts * max(1, shards / E)
-        copies = 2 * moved * (min(1, 2 / L) if shards > 1 else 1)  # in bf16: of all layers, or of the two gathered
-        moments = 8 * held - (4 * experts / min(shards, E) if s.muon_lr else 0)  # Muon has one, AdamW two
+    sizes = (8, 1), (8, 8), (64, 1), (64, 8), (64, 64), (512, 1), (512, 8), (512, 128)
+    for (gpus, shard_size), recompute in itertools.product(sizes, (False, True)):
+        held = total / shard_size
+        copies = 2 * total * (min(1, 2 / L) if shard_size > 1 else 1)  # in bf16: of all layers, or of the two gathered
+        moments = 8 * held - (4 * experts / shard_size if s.muon_lr else 0)  # Muon has one, AdamW two
         memory = {'weights': 4 * held, 'gradients': 4 * held, 'moments': moments, 'bf16 copies': copies,
-                  'activations': 2 * L * tokens * values / 1e9}
-        row = {'GPUs': gpus, 'by': 'FSDP2' if shards > 1 else 'DDP', **memory, 'total': sum(memory.values())}
+                  'activations': 2 * tokens * (L * D + values if recompute else L * values) / 1e9}
+        row = {'GPUs': gpus, 'shard_size': shard_size, 'recompute': recompute, **memory, 'total': sum(memory.values())}
         if row['total'] <= s.gpu_memory:
-            # DDP reduces fp32 gradients once a step. FSDP2 does so for each batch, and gathers bf16 weights twice.
-            sent = 8 * moved * (1 - 1 / gpus) * (batches if shards > 1 else 1)
-            network = sent / (s.nvlink if gpus <= 8 else s.network)
-            row['tokens/s'] = gpus * batches * tokens / max(compute, network)
-            row['bound by'] = 'network' if network > compute else 'compute'
+            # in a copy, for each batch: bf16 weights twice, fp32 gradients once; between copies, once a step: gradients
+            flops, batch = batches * tokens * model.flops_per_token(s.block_size), 8 * total * (1 - 1 / shard_size)
+            times = dict(compute=flops * (4 / 3 if recompute else 1) / (peak * s.assumed_mfu),
+                         shards=batch * batches / (s.nvlink if shard_size <= 8 else s.network),
+                         copies=8 * held * (1 - shard_size / gpus) / (s.nvlink if gpus <= 8 else s.network))
+            row['tokens/s'] = gpus * batches * tokens / (max(times['compute'], times['shards']) + times['copies'])
+            row['bound by'] = max(times, key=times.get)
         rows.append(row)
     return rows
 

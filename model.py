@@ -648,6 +648,8 @@ class GPT(nn.Module):
         if 'dropout' in overrides:
             overrides.setdefault('attention_dropout', None)
         config = replace(read_config(folder), **overrides)
+        if dtype == torch.float16 and config.hidden_size == 2880:
+            raise ValueError("gpt-oss's activations exceed the range of float16; use bfloat16 or float32")
         with torch.device('meta'):
             model = cls(config)
         missing, wrong = {name: tuple(p.shape) for name, p in model.named_parameters()}, []

@@ -704,6 +704,8 @@ def test_broken_checkpoints(tmp_path):
     save_file({'base_model.model.lm_head.lora_A.weight': torch.ones(3, 48)} | adapters,
               tmp_path / 'adapter/adapter_model.safetensors')
     refused('lm_head.lora_A', tmp_path / 'adapter')
+    with pytest.raises(ValueError, match='float16'):  # gpt-oss's width
+        GPT.from_pretrained(tmp_path, torch.float16, hidden_size=2880)
     (tmp_path / 'adapter/adapter_config.json').rename(tmp_path / 'adapter/adapter.json')  # the format of the past
     refused('adapter.json', tmp_path / 'adapter')
     tensors.pop(next(iter(tensors)))
