@@ -282,10 +282,9 @@ def scale_rows(s, shape, peak):
     values = 16 * D + 4 * c.num_attention_heads * c.head_dim + k * (2 * D + 6 * I)
     sizes = (8, 1), (8, 8), (64, 1), (64, 8), (64, 64), (512, 1), (512, 8), (512, 128)
     for (gpus, shard_size), recompute in itertools.product(sizes, (False, True)):
-        held = total / shard_size
-        copies = 2 * total * (min(1, 2 / L) if shard_size > 1 else 1)  # in bf16: of all layers, or of the two gathered
+        held, gathered = total / shard_size, min(1, 2 / L) if shard_size > 1 else 1  # two layers at a time
         moments = 8 * held - (4 * experts / shard_size if s.muon_lr else 0)  # Muon has one, AdamW two
-        memory = {'weights': 4 * held, 'gradients': 4 * held, 'moments': moments, 'bf16 copies': copies,
+        memory = {'weights': 4 * held, 'gradients': 4 * held, 'moments': moments, 'bf16 copies': 2 * total * gathered,
                   'activations': 2 * tokens * (L * D + values if recompute else L * values) / 1e9}
         row = {'GPUs': gpus, 'shard_size': shard_size, 'recompute': recompute, **memory, 'total': sum(memory.values())}
         if row['total'] <= s.gpu_memory:
