@@ -533,12 +533,9 @@ class GPT(nn.Module):
         (B, T), c, training = idx.shape, self.config, self.training
         for name, value, least, most in (
                 ('temperature', temperature, 0, 1e9), ('top_k', top_k, 1, math.inf), ('top_p', top_p, 1e-9, 1),
-                ('min_p', min_p, 0, 1)):
+                ('min_p', min_p, 0, 1), ('the length of the prompt', T, 1, c.max_position_embeddings - max_new_tokens)):
             if value is not None and not least <= value <= most:
                 raise ValueError(f'{name} is {value}; it must be between {least} and {most}')
-        if not 1 <= T <= c.max_position_embeddings - max_new_tokens:
-            raise ValueError(f'the prompt has {T} tokens; it must have 1 to max_position_embeddings '
-                             f'({c.max_position_embeddings}) - max_new_tokens ({max_new_tokens})')
         if not 0 <= idx.min() <= idx.max() < c.vocab_size:
             raise ValueError(f'the prompt has token ids outside of vocab_size ({c.vocab_size}); check the tokenizer')
         dtype, length = self.lm_head.weight.dtype, T + max_new_tokens
@@ -835,18 +832,25 @@ def peft_name(name):  # PEFT wraps the experts twice: for gate_up_proj inside, i
 def load_adapter(cls, folder, dtype, device, experts, overrides):
     """Load the base model that adapter_config.json names, then its adapters. Those that the file lacks stay zero."""
     raw, usual = read_json(folder / 'adapter_config.json'), dict(peft_type='LORA', bias='none', init_lora_weights=True)
-    harmless = ('auto_mapping base_model_name_or_path inference_mode layers_to_transform lora_alpha lora_dropout '
-                'megatron_core overrides peft_version qalora_group_size r target_modules target_parameters task_type')
+    harmless = ('auto_mapping base_model_name_or_path exclude_modules inference_mode layers_to_transform lora_alpha '
+                'lora_dropout megatron_core overrides peft_version qalora_group_size r revision target_modules '
+                'target_parameters task_type')
     try:
         for key in raw.keys() - harmless.split():
-            if raw[key] not in (usual.get(key), None, False, [], {}):
+            if raw[key] not in (usual.get(key), 'gaussian', None, False, [], {}):
                 raise ValueError(f'{key} is {raw[key]!r:.99}, an option of PEFT that is not supported')
         overrides = raw.get('overrides', {}) | overrides
         model = cls.from_pretrained(raw['base_model_name_or_path'], dtype, device, experts, **overrides)
         model.add_lora(raw['r'], raw['lora_alpha'])
         ours = {peft_name(name): name for name, _ in model.named_parameters() if 'lora.' in name}
+        if not any('down_proj' in name for name in raw.get('target_parameters') or ()):  # then PEFT wraps once
+            ours |= {theirs.replace('base_layer.', ''): name for theirs, name in ours.items() if 'base_layer' in theirs}
         with open_file(folder / 'adapter_model.safetensors') as file:
-            model.load_state_dict({ours[name]: file.get_tensor(name) for name in file.keys()}, strict=False)
+            found = {ours[name]: file.get_tensor(name) for name in file.keys()}
+        a, b = ({name.replace(part, '') for name in found if part in name} for part in ('lora_A', 'lora_B'))
+        if a != b or not found:
+            raise ValueError('its file lacks lora_A or lora_B of an adapter')
+        model.load_state_dict(found, strict=False)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {error})') from error
     return model
@@ -884,7 +888,8 @@ def write_json(path, value):
 
 def read_config(folder):
     """GPTConfig from the config.json of Hugging Face (rope nested) or OpenAI (flat, other names). Raises ValueError."""
-    raw = {key: value for key, value in read_json(folder / 'config.json').items() if value is not None}
+    found = read_json(folder / 'config.json')
+    raw = {key: value for key, value in found.items() if value is not None}
     openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
                   initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',
                   rope_ntk_alpha='rope_beta_slow', rope_ntk_beta='rope_beta_fast')
@@ -905,7 +910,7 @@ def read_config(folder):
                 raise ValueError(f'{key} is {raw[key]}; gpt-oss has {only}')
         if not raw.get('output_router_logits'):  # then published coefficients, such as gpt-oss's 0.9, are not in use
             flat['router_aux_loss_coef'] = raw.get('training_router_aux_loss_coef', 0.0)
-        if 'sliding_window' not in raw:  # null: no window
+        if found.get('sliding_window', 0) is None:  # null: no window
             flat['layer_types'] = [FULL] * flat['num_hidden_layers']
         return GPTConfig(**{field.name: flat[field.name] for field in fields(GPTConfig) if field.name in flat})
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:

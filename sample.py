@@ -102,7 +102,6 @@ def show(encoder, tokens):
     return text + rest
 
 
-# --- chat ---
 def converse(answer, encoder, longest):
     """Read messages and print the answers, each channel under its name, until the input ends. The line after a call is
     the result of the tool. Where the chat has more than `longest` tokens, its oldest turns are left out."""
@@ -147,7 +146,6 @@ def converse(answer, encoder, longest):
         print(encoder.decode(header), end='')  # of a message without content
 
 
-# --- export ---
 def tokenizer_json(encoder):
     """The tokenizer of the package tokenizers that equals an encoding of tiktoken."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -187,6 +185,8 @@ def write_export(model, encoder, folder):
     if model.config.tie_word_embeddings:  # other programs want a head of its own: some fail, some leave it random
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         model.config.tie_word_embeddings = False
+    if encoder.n_vocab > model.config.vocab_size:
+        config.fail(f'the tokenizer has {encoder.n_vocab} tokens, more than vocab_size ({model.config.vocab_size})')
     parent = Path(export).resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as beside:

@@ -121,7 +121,7 @@ def one_line_errors():
         config.fail(error)
     except OSError as error:
         writer.shutdown()  # waits for what is being written
-        for name in ('last.new', 'best.new'):  # they may fill the disk
+        for name in ('last.new', 'best.new') if rank == 0 else ():  # they may fill the disk
             shutil.rmtree(out / name, ignore_errors=True)
         config.fail(f'{error}; the checkpoints in {out} are whole')
     except (MemoryError, RuntimeError) as error:
@@ -327,10 +327,15 @@ def load_model():
                                 experts or None, **overrides)
     if lora_rank and not model.lora:
         model.add_lora(lora_rank, lora_alpha)
+    if model.lora:
+        found = dict(lora_rank=model.lora['r'], lora_alpha=float(model.lora['lora_alpha']))
+        check(all(found[key] == settings[key] for key in found.keys() & given), f'{folder} has adapters with {found}')
+        settings.update(found)
     if frozen and 'router_aux_loss_coef' not in given:  # frozen routers cannot be balanced
         model.config.router_aux_loss_coef = shape['router_aux_loss_coef'] if source else 0.0
     check(not experts or model.lora, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
     if not (folder / 'meta.json').exists():
+        say(f'{folder} has no meta.json: whether its tokenizer is that of {data_dir} is not checked')
         return model, None
     theirs, tables = read_json(folder / 'meta.json'), [where / 'tokenizer.tiktoken' for where in (folder, data)]
     same = all(theirs.get(key) == meta.get(key) for key in ('tokenizer', 'vocab_size', 'special_tokens'))
@@ -372,9 +377,7 @@ def gathered():
     weights = {}
     for name, tensor in model.state_dict().items():
         if not model.lora or 'lora.' in name:
-            tensor = tensor.full_tensor() if fsdp else tensor
-            if rank == 0:
-                weights[name] = tensor.to('cpu', copy=True)
+            weights[name] = (tensor.full_tensor() if fsdp else tensor).to('meta' if rank else 'cpu', copy=True)
     whole.load_state_dict(weights, strict=False, assign=True)
     whole.tie_weights()
     return whole
@@ -417,7 +420,8 @@ with one_line_errors():
         shard(model)
     optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
     if source:
-        check(state.step < max_iters, f'{source} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
+        unfinished = state.step < max_iters or state.best_step == state.step  # best may not have been written
+        check(unfinished, f'{source} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
         load_optimizer_state(source)
 scaler = (ShardedGradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=dtype == 'float16')
 if state.scaler:
@@ -488,18 +492,16 @@ def write_checkpoint(*folders):
 
 def write_files(folders, whole, moments, run_state):
     """Write folders atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
-    for folder in folders:
+    if fsdp and last in folders:  # a file for each process; it returns when all are written
+        if device_type == 'cuda':
+            torch.cuda.set_device(device)  # a thread begins with the first GPU
+        storage = dcp.HuggingFaceStorageWriter(out / 'last.new', save_distributed=True)  # with threads it loses errors
+        try:
+            dcp.save(moments, storage_writer=storage, process_group=writers)
+        except dcp.api.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
+    for folder in folders if rank == 0 else ():
         new, old = folder.with_suffix('.new'), folder.with_suffix('.old')
-        if fsdp and folder == last:  # a file for each process; it returns when all are written
-            if device_type == 'cuda':
-                torch.cuda.set_device(device)  # a thread begins with the first GPU
-            storage = dcp.HuggingFaceStorageWriter(new, save_distributed=True)  # more threads would lose errors
-            try:
-                dcp.save(moments, storage_writer=storage, process_group=writers)
-            except dcp.api.CheckpointException as error:
-                raise OSError(*(cause for cause, _ in error.failures.values())) from None
-        if rank > 0:
-            continue
         whole.save_adapter(new) if whole.lora else whole.save_pretrained(new)
         write_json(new / 'meta.json', meta | dict(block_size=trained_on))
         if (data / 'tokenizer.tiktoken').exists():
@@ -562,11 +564,9 @@ def schedule(step):
     """The learning rates of a step as a fraction of their peaks: linear warm-up, then lr_schedule."""
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
-    done, fraction = (step - warmup_iters) / max(1, max_iters - warmup_iters), 1
-    if lr_schedule == 'cosine':
-        fraction = 0.5 * (1 + math.cos(math.pi * done))
-    elif lr_schedule == 'linear' and cooldown:
-        fraction = min(1, (1 - done) / cooldown)
+    done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
+    fraction = dict(cosine=0.5 * (1 + math.cos(math.pi * done)), linear=min(1, (1 - done) / max(cooldown, 1e-9)),
+                    constant=1)[lr_schedule]
     return fraction + (1 - fraction) * min_lr / learning_rate
 
 
@@ -659,8 +659,9 @@ with one_line_errors():
         if evaluated and (val_loss := evaluate()) < state.best_loss:
             state.best_loss, state.best_step = val_loss, state.step
         if evaluated or stopping:
-            improved = evaluated and state.best_step == state.step
-            write_checkpoint(last, best) if improved else write_checkpoint(last)
+            write_checkpoint(*((last, best) if state.best_step == state.step else (last,)))
+        elif writing and writing[0].done():
+            writing.pop().result()  # raises what went wrong in the thread
         with suppress(OSError):  # stderr may be closed
             progress.update()
     for job in writing:
