@@ -704,6 +704,9 @@ def test_broken_checkpoints(tmp_path):
     save_file({'base_model.model.lm_head.lora_A.weight': torch.ones(3, 48)} | adapters,
               tmp_path / 'adapter/adapter_model.safetensors')
     refused('lm_head.lora_A', tmp_path / 'adapter')
+    save_file({name: adapters[name] for name in adapters if 'q_proj.lora_A' not in name},
+              tmp_path / 'adapter/adapter_model.safetensors')
+    refused('lacks lora_A or lora_B', tmp_path / 'adapter')
     with pytest.raises(ValueError, match='float16'):  # gpt-oss's width
         GPT.from_pretrained(tmp_path, torch.float16, hidden_size=2880)
     (tmp_path / 'adapter/adapter_config.json').rename(tmp_path / 'adapter/adapter.json')  # the format of the past
@@ -1488,13 +1491,14 @@ def test_not_finite(fox, tmp_path):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('where, number, sent', [
-    ('step', 9, signal.SIGTERM), ('evaluation', 3, signal.SIGTERM), ('rename', 4, signal.SIGKILL)])
+    ('step', 9, signal.SIGTERM), ('evaluation', 3, signal.SIGTERM), ('rename', 4, signal.SIGKILL),
+    ('rename', 14, signal.SIGKILL)])  # before last.new becomes last, before the last best.new becomes best
 def test_stopped(where, number, sent, fox, tmp_path):
     """A run stopped by a signal, then resumed, gives the numbers and bits of a run that was not."""
     out, log, killed = tmp_path / 'out', tmp_path / 'log', sent == signal.SIGKILL
     flags = f'--data_dir={fox}/data', f'--out_dir={out}', *SHORT
     printed = finished(log, *flags, trap=(where, number, sent), status=-9 if killed else 0)
-    assert (out / 'last').exists() != killed and (out / 'last.old').exists()  # SIGKILL comes between two renames
+    assert (out / 'last').exists() == (number != 4) and (out / 'best').exists() == (number != 14)
     assert killed or 'SIGTERM' in printed and state_of(out / 'last')['step'] in (9, 10, 13)
     finished(log, f'--out_dir={out}', '--init_from=resume')  # the run remembers its other settings
     assert_same_run(out, fox / 'short')
@@ -1612,11 +1616,9 @@ def test_long_chats(tmp_path):
 
 def test_other_data(fox, tmp_path):
     """A run does not continue on data that has changed, unless --data_dir names it."""
-    data = shutil.copytree(fox / 'data', tmp_path / 'data')
+    data = shutil.copytree(fox / 'data', tmp_path / 'copy')
     ran('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1')
-    (tmp_path / 'two').mkdir()
-    texts = 'the fog sat on the dog. ', 'the dog sat on the fog. '
-    one, two = (read_data(make_data(tmp_path / 'two', text * 50))[0] for text in texts)
+    one, two = (read_data(make_data(tmp_path, text * 99))[0] for text in ('a fog and a dog. ', 'a dog and a fog. '))
     assert {key for key in one if one[key] != two[key]} == {'train_crc32', 'val_crc32'}
     (data / 'meta.json').write_text(json.dumps(read_data(data)[0] | dict(train_crc32=7)))
     resumed = f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=2'
