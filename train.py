@@ -420,8 +420,9 @@ with one_line_errors():
         shard(model)
     optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
     if source:
-        unfinished = state.step < max_iters or state.best_step == state.step  # best may not have been written
-        check(unfinished, f'{source} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
+        written = (best / 'state.json').exists() and read_json(best / 'state.json').get('step') == state.best_step
+        check(state.step < max_iters or state.best_step == state.step and not written,
+              f'{source} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
         load_optimizer_state(source)
 scaler = (ShardedGradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=dtype == 'float16')
 if state.scaler:
