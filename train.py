@@ -329,7 +329,8 @@ def load_model():
         model.add_lora(lora_rank, lora_alpha)
     if model.lora:
         found = dict(lora_rank=model.lora['r'], lora_alpha=float(model.lora['lora_alpha']))
-        check(all(found[key] == settings[key] for key in found.keys() & given), f'{folder} has adapters with {found}')
+        check(all(found[key] == settings[key] for key in found.keys() & given),
+              f'{folder} has adapters of {found}; leave out --lora_rank and --lora_alpha')
         settings.update(found)
     if frozen and 'router_aux_loss_coef' not in given:  # frozen routers cannot be balanced
         model.config.router_aux_loss_coef = shape['router_aux_loss_coef'] if source else 0.0
