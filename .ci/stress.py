@@ -348,7 +348,9 @@ def test_several_runs_in_one_folder(undisturbed, tmp_path):
 
 @pytest.mark.parametrize('number, changes', [
     (2, ''), (2, '--fsdp=True'), (2, '--recompute=True'), (2, '--fsdp=True --recompute=True'),
-    (2, '--gradient_accumulation_steps=3 --batch_size=2'), (4, '--gradient_accumulation_steps=2 --fsdp=True'), (4, ''),
+    (2, '--gradient_accumulation_steps=3 --batch_size=2'), (4, ''),
+    # with the default seed, two router logits of a token are 1.5e-7 apart at step 8, and rounding decides
+    (4, '--gradient_accumulation_steps=2 --fsdp=True --seed=3'),
     (2, '--compile=True'), (2, '--fsdp=True --compile=True'),
     (2, '--fsdp=True --num_local_experts=3 --tie_word_embeddings=True'),
     (2, '--fsdp=True --muon_lr=0 --learning_rate=1e-3'), (4, '--fsdp=True --shard_size=2 --num_local_experts=5'),
