@@ -225,8 +225,7 @@ def csv_rows(lines):
 
 
 def table_rows(table):
-    """Yield (where, row) of a pyarrow.parquet.ParquetFile or a split of the hub. Only the columns in use are read."""
-    # Arrow gives each object the keys of all others
+    """Yield (where, row) of a ParquetFile or a split of the hub: columns in use, less the nulls of Arrow's structs."""
     drop_nulls = lambda fields: {key: value for key, value in fields.items() if value is not None}
     if hasattr(table, 'iter_batches'):
         batches = table.iter_batches(100, columns=columns_in_use(table.schema_arrow.names))
@@ -243,7 +242,7 @@ def columns_in_use(names):
     kinds = [[text_column]] if text_column else [['messages'], ['conversations'], ['instruction', 'output'], ['text']]
     for columns in kinds:
         if set(columns) <= set(names):
-            return columns + [name for name in ('input', *BESIDE_A_CHAT) if name in names]
+            return columns + [name for name in ('input', *BESIDE_A_CHAT) if name in names and columns != ['text']]
     raise ValueError(f'no column {text_column or "messages or text"} among {", ".join(names)}; set --text_column')
 
 
@@ -579,6 +578,13 @@ def main():
     if tokenizer == 'bpe' and vocab_size < 257:
         config.fail(f'--vocab_size={vocab_size} must be at least 257')
     sources = open_sources()
+    stem = dataset.removesuffix(Path(dataset).suffix) if Path(dataset).suffix in KINDS else dataset.partition(':')[0]
+    folder = Path(data_dir or Path('data', Path(re.sub(r'[*?[\]]', '', stem)).name or 'text'))  # news/*.txt: data/news
+    if not data_dir and (folder / 'meta.json').exists():
+        with reading(folder / 'meta.json'):
+            before = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['dataset']
+        if before != dataset:
+            config.fail(f'{folder} holds data of {before}; give --data_dir another folder')
     encoder = None if tokenizer in PATTERNS else load_tokenizer(tokenizer)
     first = next(pieces_of(sources['train']), None)
     if not first:
@@ -593,12 +599,6 @@ def main():
     pieces = ((split, *piece) for split in sources for piece in pieces_of(sources[split]))
     if 'val' not in sources:
         pieces = divide(sources['train'], chats)
-    stem = dataset.removesuffix(Path(dataset).suffix) if Path(dataset).suffix in KINDS else dataset.partition(':')[0]
-    folder = Path(data_dir or Path('data', Path(re.sub(r'[*?[\]]', '', stem)).name or 'text'))  # news/*.txt: data/news
-    if not data_dir and (folder / 'meta.json').exists():
-        before = json.loads((folder / 'meta.json').read_text(encoding='utf-8')).get('dataset')
-        if before != dataset:
-            config.fail(f'{folder} holds data of {before}; give --data_dir another folder')
     meta = write_data(folder, pieces, encoder, chats)
     if number := meta['spelled_special_tokens']:
         hint = f'{encoder.name} does not have them' if special_tokens else '--special_tokens=True reads them as tokens'
