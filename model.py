@@ -751,8 +751,7 @@ class Muon(torch.optim.Optimizer):
                 self.move(params[i:i + chunk], **{key: group[key] for key in self.defaults})
 
     def move(self, params, lr, momentum, weight_decay, pieces):
-        """Update parameters of one shape. Processes that share matrices divide the work: each gets some of them whole.
-        """
+        """Update parameters of one shape. Processes that share matrices each get some of them whole."""
         for p in params:
             if not self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)

@@ -91,7 +91,7 @@ wandb_run_name = ''  # its name of the run; empty: out_dir
 # machine
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: what the device is fast in
-compile: bool | None = None  # torch.compile; None: on cuda with Triton, if the run has over 1e16 FLOPs, a minute
+compile: bool | None = None  # torch.compile; None: on cuda with Triton, for runs of over 1e16 FLOPs a GPU
 recompute = False  # activation checkpointing: less memory for a third more time
 fsdp = False  # under torchrun: shard weights, gradients and moments over the processes
 shard_size = 0  # with fsdp: processes that share one copy of them; 0: those of a node
