@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from torch.utils._triton import has_triton
 
 from model import GPT, GPTConfig, find_checkpoint, read_json, write_json
 from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, load_tokenizer, reading
@@ -43,6 +44,7 @@ top_k = 0  # draw from the k likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that together reach this probability
 min_p = 0.0  # draw from the tokens at least this fraction as likely as the likeliest
 seed = 1337  # of the draws
+compile: bool | None = None  # torch.compile, which takes a minute; None: on cuda with Triton, for 2000 tokens and more
 # chat
 chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
 system = ''  # instructions that come first
@@ -92,14 +94,11 @@ def stop_tokens(encoder):
 
 def show(encoder, tokens):
     """Print the text of tokens as they come, and return it. Bytes of an incomplete character wait for the next."""
-    utf8, text = codecs.getincrementaldecoder('utf-8')('replace'), ''
-    for token in tokens:
-        piece = utf8.decode(encoder.decode_single_token_bytes(token))
+    text = ''
+    for piece in codecs.iterdecode(map(encoder.decode_single_token_bytes, tokens), 'utf-8', 'replace'):
         print(piece, end='', flush=True)
         text += piece
-    rest = utf8.decode(b'', final=True)
-    print(rest, end='', flush=True)
-    return text + rest
+    return text
 
 
 def converse(answer, encoder, longest):
@@ -221,15 +220,16 @@ def main():
     folder = find_checkpoint(init_from or found[0])  # refuses adapter.json, the format of the past
     where, kind = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     model, encoder, block_size = load(folder, getattr(torch, kind), where)
+    pays = where.startswith('cuda') and has_triton() and num_samples * max_new_tokens >= 2000
     torch.manual_seed(seed)  # after loading, because add_lora draws random numbers
     if export:
         return write_export(model, encoder, folder)
 
     def answer(prompt):
         """Yield the tokens (int) that continue a prompt, up to a stop token. Then print the speed."""
-        began, stops = time.perf_counter(), stop_tokens(encoder)
+        began, stops, idx = time.perf_counter(), stop_tokens(encoder), torch.tensor([prompt], device=where)
         options = temperature, top_k or None, top_p, min_p, encoder.n_vocab, context or block_size or None
-        tokens = model.stream(torch.tensor([prompt], device=where), max_new_tokens, *options)
+        tokens = model.stream(idx, max_new_tokens, *options, pays if compile is None else compile)
         for number, token in enumerate(map(int, tokens), 1):
             if token in stops:
                 break
