@@ -129,7 +129,8 @@ def rope_tables(config, positions, dtype=torch.float32):
     angle = positions[:, None, None].float() * frequency
     concentration = 0.1 * math.log(c.rope_factor) + 1
     cos, sin = angle.cos() * concentration, angle.sin() * concentration
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    # one tensor, because the compiler would compute a lone cos again for every element of every layer
+    return torch.cat((cos, cos, -sin, sin), dim=-1).to(dtype).chunk(2, dim=-1)
 
 
 def rotate(x, cos, sin):
@@ -410,7 +411,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = logits.exp_().sum(-1, keepdim=True)
             loss = loss + torch.where(valid, total.log() - target_logit, 0).sum()  # with +=, torch 2.11 compiles zeros
             if needs_grad:  # d loss / d logits = softmax - one_hot, in the memory of the logits
-                grad = logits.mul_(valid / total).scatter_add_(1, tc, -valid.float()).to(x.dtype)
+                grad = logits.mul_(valid / total).to(x.dtype)
+                grad.scatter_(1, tc, ((target_logit.exp() / total - 1) * valid).to(x.dtype))
                 dx.append(grad @ w)
                 if dw is not None:
                     dw = dw.addmm_(grad.T, xc) if grad.dtype == dw.dtype else dw.add_(grad.T @ xc)
