@@ -25,7 +25,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from model import GPT, GPTConfig
 
@@ -64,6 +63,7 @@ gradient_accumulation_steps = 1  # batches in an optimizer step; --scale alone u
 max_iters = 400  # optimizer steps of --learn
 learning_rate = 8e-3  # peak learning rate of AdamW
 muon_lr = 0.007  # peak learning rate of Muon; 0: AdamW trains all parameters
+muon_interval = 1  # steps between its moves
 warmup_iters = 30  # steps of linear warm-up
 weight_decay = 0.1  # of matrices
 # the GPUs of --scale
@@ -74,7 +74,7 @@ nvlink = 300.0  # GB/s from a GPU to the others of its node of eight
 network = 40.0  # GB/s from a GPU to other nodes
 # -----------------------------------------------------------------------------
 POSITIVE = ('rounds steps prompt_tokens new_tokens decode_batch batch_size block_size gradient_accumulation_steps '
-            'max_iters gpu_memory assumed_mfu nvlink network').split()
+            'max_iters muon_interval gpu_memory assumed_mfu nvlink network').split()
 NO_DATA = dict(vocab_size=1024, dtype='', train_tokens=0, val_tokens=0)
 MODELS = {'ours, compiled': 'ours', 'ours': 'ours', 'transformers GptOss': 'GptOss', 'transformers GPT-2': 'GPT-2'}
 CHAR = dict(vocab_size=128, hidden_size=384, intermediate_size=384, num_attention_heads=6, num_key_value_heads=2)
@@ -110,7 +110,7 @@ def build(job):
     model = model.to(job.device).train()
     betas, decay = (0.9, 0.95), job.weight_decay
     if job.model == 'ours':
-        return model, model.configure_optimizers(job.learning_rate, job.muon_lr, betas, decay)
+        return model, model.configure_optimizers(job.learning_rate, job.muon_lr, betas, decay, job.muon_interval)
     return model, [torch.optim.AdamW(model.parameters(), job.learning_rate, betas, weight_decay=decay, fused=True)]
 
 
@@ -198,7 +198,7 @@ def measure_learning(job):
     def schedule(step):  # a linear warm-up, and a linear fall to zero over the last 70 % of the run
         return min(1, (step + 1) / (job.warmup_iters + 1), (1 - step / job.max_iters) / 0.7)
 
-    schedulers = [LambdaLR(optimizer, schedule) for optimizer in optimizers]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
     for _ in range(job.max_iters):
         start = time.perf_counter()
         loss = train_step(model, optimizers, batch(train, rng.integers(len(train) - T, size=B)), job)

@@ -587,9 +587,10 @@ class GPT(nn.Module):
         keys = sum(w - w * (w - 1) / (2 * T) for w in windows)
         return 6 * active + 12 * c.num_attention_heads * c.head_dim * keys
 
-    def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay):
-        """[AdamW, Muon]. Muon updates the matrices of the layers, with momentum betas[0]. AdamW updates the rest, or
-        everything if muon_lr is 0. Only matrices decay. The biases of the experts are 2-D too, so the name decides."""
+    def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay, muon_interval=1):
+        """[AdamW, Muon]. Muon moves the matrices of the layers every muon_interval steps, with momentum betas[0]. AdamW
+        moves the rest, or everything if muon_lr is 0. Only matrices decay. The biases of the experts are 2-D too, so
+        the name decides."""
         decay, rest, hidden = [], [], {}
         for name, p in self.named_parameters():
             if not p.requires_grad:
@@ -602,7 +603,7 @@ class GPT(nn.Module):
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
         if hidden:
             groups = [dict(params=params, pieces=pieces) for (_, pieces), params in hidden.items()]
-            optimizers.append(Muon(groups, muon_lr, betas[0], weight_decay))
+            optimizers.append(Muon(groups, muon_lr, betas[0], weight_decay, muon_interval))
         return optimizers
 
     def adapted(self):
@@ -744,10 +745,11 @@ def draw(logits, temperature, top_k, top_p, min_p):
 
 class Muon(torch.optim.Optimizer):
     """Muon: orthogonalized momentum (kellerjordan.github.io/posts/muon). torch.optim.Muon takes 2-D parameters only.
-    Here the parameters of a group have one shape (..., m, n), and each matrix has `pieces` parts (gate and up)."""
+    Here the parameters of a group have one shape (..., m, n), and each matrix has `pieces` parts (gate and up). They
+    move every `interval` steps, `interval` times as far."""
 
-    def __init__(self, groups, lr, momentum, weight_decay):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))
+    def __init__(self, groups, lr, momentum, weight_decay, interval):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, interval=interval, pieces=1))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -757,27 +759,30 @@ class Muon(torch.optim.Optimizer):
             for i in range(0, len(params), chunk):
                 self.move(params[i:i + chunk], **{key: group[key] for key in self.defaults})
 
-    def move(self, params, lr, momentum, weight_decay, pieces):
+    def move(self, params, lr, momentum, weight_decay, interval, pieces):
         """Update parameters of one shape. Processes that share matrices each get some of them whole."""
         for p in params:
             if not self.state[p]:
-                self.state[p]['momentum'] = torch.zeros_like(p)
+                self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+            self.state[p]['step'] += 1
         first, grads, buffers = params[0], [p.grad for p in params], [self.state[p]['momentum'] for p in params]
         dim = 0  # how FSDP2 divides matrices (M, m, n): into whole ones, rows or columns
         if hasattr(first, 'to_local'):  # a DTensor
             dim, group = max(0, first.placements[-1].dim + 3 - first.dim()), first.device_mesh.get_group(-1)
             params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        if self.state[first]['step'] % interval:
+            return
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's momentum
         matrices, dtype = update.flatten(0, -3), torch.bfloat16 if update.is_cuda else torch.float32
         shape = matrices.shape
         if dim > 0:
             matrices = exchange(matrices.to(dtype), dim, 0, first.size(dim - 3), group)
-        scale = lr * max(1, matrices.size(1) / pieces / matrices.size(2)) ** 0.5
+        scale = interval * lr * max(1, matrices.size(1) / pieces / matrices.size(2)) ** 0.5
         moved = orthogonalize(matrices.unflatten(1, (pieces, -1)).flatten(0, 1), dtype).reshape(matrices.shape)
         if dim > 0:
             moved = exchange(moved, 0, dim, shape[0], group).narrow(dim, 0, shape[dim]).to(update.dtype)
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_mul_(params, 1 - interval * lr * weight_decay)
         torch._foreach_sub_(params, moved.mul_(scale).view_as(update).unbind())
 
 

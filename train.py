@@ -71,6 +71,7 @@ router_aux_loss_coef = 0.05
 max_iters = 400  # optimizer steps in the whole run
 learning_rate = 8e-3  # peak rate of AdamW
 muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
+muon_interval = 1  # Muon moves every n-th step, n times as far; 2 saves a small model a tenth of its time
 min_lr = 0.0  # rate of AdamW at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then down over the cooldown) or constant
@@ -193,7 +194,8 @@ base = Path(init_from).resolve()
 check(not {base, *base.parents} & {folder.resolve() for folder in checkpoints},
       f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 scratch = not source and init_from in ('scratch', 'resume')
-positive = 'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'
+positive = ('batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval',
+            'muon_interval')
 for key, value in settings.items():
     check(type(value) not in (int, float) or (key in positive) <= value < 2 ** 62,
           f'{key} is {value}; it must be at least {int(key in positive)}, and not too large')
@@ -419,7 +421,7 @@ with one_line_errors():
         model.group, _ = dist.new_subgroups(team_size)
     if fsdp:
         shard(model)
-    optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay)
+    optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay, muon_interval)
     if source:
         written = (best / 'state.json').exists() and read_json(best / 'state.json').get('step') == state.best_step
         check(state.step < max_iters or state.best_step == state.step and not written,
