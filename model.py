@@ -129,7 +129,7 @@ def rope_tables(config, positions, dtype=torch.float32):
     angle = positions[:, None, None].float() * frequency
     concentration = 0.1 * math.log(c.rope_factor) + 1
     cos, sin = angle.cos() * concentration, angle.sin() * concentration
-    # one tensor, because the compiler would compute a lone cos again for every element of every layer
+    # one tensor, which the compiler keeps; a cos alone it would compute again for every element of every layer
     return torch.cat((cos, cos, -sin, sin), dim=-1).to(dtype).chunk(2, dim=-1)
 
 
@@ -279,8 +279,8 @@ def swiglu(gate_up, limit):
 
 def grouped_linear(x, w, b, member):
     """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) -> (M, out). member (M, E): True where a
-    row belongs to an expert. One CUDA kernel for all experts. On sm90 and newer it does not wait for the number of rows
-    of each; older GPUs and CPUs do. It needs bf16 on CUDA, and widths in multiples of 8."""
+    row belongs to an expert. One kernel on sm90 and sm100; elsewhere PyTorch loops over the experts, and GPUs wait for
+    the host. It needs bf16 on CUDA, and widths in multiples of 8."""
     if x.is_cuda and torch.cuda.get_device_properties(x.device).major == 10:
         # gradients of experts without rows are garbage there (pytorch/pytorch#172439); where makes them zero
         w = torch.where(member.any(0)[:, None, None], w, 0)
@@ -324,11 +324,11 @@ class Experts(nn.Module):
             rows = x.new_empty(len(order), x.size(1)).index_copy_(0, place, x.repeat_interleave(k, dim=0))
         else:
             rows = x.index_select(0, order // k)
-        # CPUs are faster expert by expert, but where calls cost more than products. (The compiler refuses fp32.)
+        # On CPUs grouped_mm is faster for few rows, the loop for many. torch.compile takes only bf16 there.
         small = (x.device.type == 'cpu' and x.dtype == torch.float32 and len(rows) * b1.size(1) <= 2 ** 20
                  and not torch.compiler.is_compiling())
         if ((small or x.is_cuda and x.dtype == torch.bfloat16) and self.gate_up_lora is None
-                and not isinstance(w1, MXFP4) and w1.size(1) % 8 == w1.size(2) % 8 == 0):
+                and not isinstance(w1, MXFP4) and w1.size(2) % 8 == w2.size(2) % 8 == 0):
             y = grouped_linear(swiglu(grouped_linear(rows, w1, b1, member), self.limit), w2, b2, member)
         else:
             y = self.one_by_one(rows, counts)
@@ -410,7 +410,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             target_logit = logits.gather(1, tc)
             total = logits.exp_().sum(-1, keepdim=True)
             loss = loss + torch.where(valid, total.log() - target_logit, 0).sum()  # with +=, torch 2.11 compiles zeros
-            if needs_grad:  # d loss / d logits = softmax - one_hot, in the memory of the logits
+            if needs_grad:  # d loss / d logits = softmax - one_hot. Rounded first: compiled code keeps no fp32 logits
                 grad = logits.mul_(valid / total).to(x.dtype)
                 grad.scatter_(1, tc, ((target_logit.exp() / total - 1) * valid).to(x.dtype))
                 dx.append(grad @ w)
@@ -763,15 +763,16 @@ class Muon(torch.optim.Optimizer):
         """Update parameters of one shape. Processes that share matrices each get some of them whole."""
         for p in params:
             if not self.state[p]:
-                self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
-            self.state[p]['step'] += 1
+                self.state[p]['momentum'] = torch.zeros_like(p)
+            if interval > 1:
+                self.state[p]['step'] = self.state[p].get('step', torch.zeros(())) + 1
         first, grads, buffers = params[0], [p.grad for p in params], [self.state[p]['momentum'] for p in params]
         dim = 0  # how FSDP2 divides matrices (M, m, n): into whole ones, rows or columns
         if hasattr(first, 'to_local'):  # a DTensor
             dim, group = max(0, first.placements[-1].dim + 3 - first.dim()), first.device_mesh.get_group(-1)
             params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        if self.state[first]['step'] % interval:
+        if interval > 1 and self.state[first]['step'] % interval:
             return
         update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's momentum
         matrices, dtype = update.flatten(0, -3), torch.bfloat16 if update.is_cuda else torch.float32
@@ -1044,10 +1045,10 @@ class MXFP4(nn.Module):
         # A code is sign, two bits of exponent, one of mantissa. At bits 15, 10 to 11 and 9 these are an fp16 that is
         # 2^14 times too small. Such arithmetic takes a third of the time of a table in compiled decoding.
         shifts = torch.arange(12, 7, -4, dtype=torch.int16, device=self.blocks.device)  # for low and high nibble
-        bits = (self.blocks[e].short()[..., None] << shifts >> 3 & -0x7200).flatten(-2)  # (out, in / 32, 32)
-        # the exponent's bits of an fp32; one more keeps 2^-127 from being subnormal
-        scales = (self.scales[e].int() + 1 << 23).view(torch.float32) * 2 ** 13
-        return (bits.view(torch.float16).bfloat16() * scales[..., None].bfloat16()).flatten(-2)
+        bits = (self.blocks[e].short()[..., None] << shifts >> 3 & -0x7200).flatten(-2)  # these bits; -0x7200 is 8e00
+        # the exponent's bits of an fp32; one more keeps 2^-127 from being subnormal, and leaves 2^13
+        scales = (self.scales[e].int() + 1 << 23).view(torch.float32).bfloat16()
+        return (bits.view(torch.float16).bfloat16() * 2 ** 13 * scales[..., None]).flatten(-2)
 
     def dense(self):
         """The whole stack in bf16."""

@@ -44,7 +44,7 @@ top_k = 0  # draw from the k likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that together reach this probability
 min_p = 0.0  # draw from the tokens at least this fraction as likely as the likeliest
 seed = 1337  # of the draws
-compile: bool | None = None  # torch.compile, which takes a minute; None: on cuda with Triton, for 2000 tokens and more
+compile: bool | None = None  # takes a minute; None: on cuda with Triton, if num_samples * max_new_tokens >= 2000
 # chat
 chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
 system = ''  # instructions that come first

@@ -450,11 +450,10 @@ def test_sampling_distribution():
     """What temperature, top_k, top_p and min_p leave, against the same counted by hand."""
     torch.manual_seed(0)
     probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
-    squares = probabilities ** 2
     for arguments, expected in (
             ((1.0, None, None, None), probabilities.tolist()), ((1.0, 2, None, None), [5 / 7, 2 / 7, 0, 0, 0]),
             ((1.0, None, 0.6, None), [5 / 7, 2 / 7, 0, 0, 0]), ((1.0, None, None, 0.35), [5 / 7, 2 / 7, 0, 0, 0]),
-            ((0.5, None, None, None), (squares / squares.sum()).tolist())):
+            ((0.5, None, None, None), (probabilities ** 2 / (probabilities ** 2).sum()).tolist())):
         drawn = model.draw(probabilities.log().expand(20000, 5), *arguments).flatten().bincount(minlength=5) / 20000
         assert drawn.tolist() == pytest.approx(expected, abs=0.02), arguments
 
@@ -483,13 +482,14 @@ def test_muon(monkeypatch):
     monkeypatch.setattr(model, 'orthogonalize', lambda x, dtype: torch.stack(
         [iterate(m, (3.4445, -4.7750, 2.0315), 5, 1e-7) for m in x]))  # ours has a test of its own
     gpt = make(num_hidden_layers=2)
-    muon = gpt.configure_optimizers(0.0, 0.05, (0.9, 0.95), 0.1)[1]
+    muon = gpt.configure_optimizers(0.0, 0.05, (0.9, 0.95), 0.1, muon_interval=2)[1]
     divided = lambda tensor, pieces: tensor.reshape(-1, tensor.size(-2) // pieces, tensor.size(-1)).unbind()
     stacks = [(p, group['pieces'], p.detach().clone()) for group in muon.param_groups for p in group['params']]
     matrices = [[torch.nn.Parameter(m.clone()) for m in divided(start, pieces)] for _, pieces, start in stacks]
     assert {len(parts) for parts in matrices} == {1, 5, 10}
-    theirs = torch.optim.Muon(itertools.chain(*matrices), lr=0.05, momentum=0.9, weight_decay=0.1)
-    for _ in range(3):
+    theirs = torch.optim.Muon(itertools.chain(*matrices), momentum=0.9, weight_decay=0.1)
+    for step in range(4):
+        theirs.param_groups[0]['lr'] = 0.1 * (step % 2)  # ours moves every second step, twice as far
         for (p, pieces, _), parts in zip(stacks, matrices):
             p.grad = torch.randn_like(p)
             for m, grad in zip(parts, divided(p.grad, pieces)):

@@ -62,13 +62,13 @@ gradient_accumulation_steps = 1  # batches in an optimizer step
 vocab_size = 0  # 0: that of the tokenizer
 hidden_size = 128
 intermediate_size = 64
-num_hidden_layers = 4
+num_hidden_layers = 3
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 32
 router_aux_loss_coef = 0.05
 # optimizers and schedule
-max_iters = 400  # optimizer steps in the whole run
+max_iters = 340  # optimizer steps in the whole run
 learning_rate = 8e-3  # peak rate of AdamW
 muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
 muon_interval = 1  # Muon moves every n-th step, n times as far; 2 saves a small model a tenth of its time
@@ -200,6 +200,7 @@ for key, value in settings.items():
     check(type(value) not in (int, float) or (key in positive) <= value < 2 ** 62,
           f'{key} is {value}; it must be at least {int(key in positive)}, and not too large')
 check(learning_rate > 0, 'learning_rate must be above 0')
+check(muon_interval <= max_iters, f'muon_interval ({muon_interval}) is more than max_iters: Muon would never move')
 check(lr_schedule in ('cosine', 'linear', 'constant'), 'lr_schedule must be cosine, linear or constant')
 check(not scratch or not lora_rank and not experts, 'lora_rank and experts adapt a model: give --init_from=FOLDER')
 check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
