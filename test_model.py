@@ -227,9 +227,10 @@ def make_experts(rows, **changes):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.02)])
-@pytest.mark.parametrize('rows', [1, 3, 300])
-def test_experts(rows, dtype, tolerance):
+@pytest.mark.parametrize('rows, is_cuda', [(1, False), (3, False), (300, False), (3, True), (300, True)])
+def test_experts(rows, is_cuda, dtype, tolerance, monkeypatch):
     """Values, on both sides of the clamps, and gradients against a loop over tokens, in training and in evaluation."""
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(major=9))
     limit = 1.0 if dtype == torch.float32 else 7.0  # in 16 bits rounding decides what a clamp reaches
     changes = dict(hidden_size=24, intermediate_size=16, swiglu_limit=limit)
     experts, x, router_weights, chosen, weight = make_experts(rows, **changes)
@@ -241,6 +242,7 @@ def test_experts(rows, dtype, tolerance):
         h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
         outputs.append((w2[e] @ h + b2[e]) * router_weights[n, j])
     expected, inputs = torch.stack(outputs).view(rows, 2, 24).sum(1), [x, router_weights, w1, b1, w2, b2]
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', is_cuda)  # then rows are moved without atomics
     ours, counts = experts(x.to(dtype), chosen, router_weights.to(dtype))
     assert ours.dtype == dtype and off(ours, expected) < tolerance
     assert torch.equal(counts, chosen.flatten().bincount(minlength=5))
@@ -302,7 +304,7 @@ def test_bf16():
 
 
 def test_grouped_mm(monkeypatch):
-    """CUDA's ways, F.grouped_mm and few rows gathered, give what the loop over experts gives, gradients included."""
+    """F.grouped_mm gives what the loop over experts gives, gradients included, where an expert without rows gets NaN."""
     experts, x, router_weights, chosen, weight = make_experts(60, **SQUARE)
     calls, results, grouped_mm = [], [], F.grouped_mm
     chosen[chosen == 0] = 1  # no rows for expert 0
@@ -321,8 +323,6 @@ def test_grouped_mm(monkeypatch):
         assert len(calls) == 2 * is_cuda
     for plain, ours in zip(*results):
         assert off(ours, plain.float()) < 0.02
-    few = experts.eval()(x[:3].bfloat16(), chosen[:3], router_weights[:3].bfloat16())[0]  # decoding
-    assert off(few, results[0][0][:3].float()) < 0.02 and len(calls) == 2
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
