@@ -1045,7 +1045,7 @@ class MXFP4(nn.Module):
         # A code is sign, two bits of exponent, one of mantissa. At bits 15, 10 to 11 and 9 these are an fp16 that is
         # 2^14 times too small. Such arithmetic takes a third of the time of a table in compiled decoding.
         shifts = torch.arange(12, 7, -4, dtype=torch.int16, device=self.blocks.device)  # for low and high nibble
-        bits = (self.blocks[e].short()[..., None] << shifts >> 3 & -0x7200).flatten(-2)  # these bits; -0x7200 is 8e00
+        bits = (self.blocks[e].short()[..., None] << shifts >> 3 & -0x7200).flatten(-2)  # the mask is 0x8e00
         # the exponent's bits of an fp32; one more keeps 2^-127 from being subnormal, and leaves 2^13
         scales = (self.scales[e].int() + 1 << 23).view(torch.float32).bfloat16()
         return (bits.view(torch.float16).bfloat16() * 2 ** 13 * scales[..., None]).flatten(-2)
