@@ -539,7 +539,8 @@ class GPT(nn.Module):
         (B, T), c, training = idx.shape, self.config, self.training
         for name, value, least, most in (
                 ('temperature', temperature, 0, 1e9), ('top_k', top_k, 1, math.inf), ('top_p', top_p, 1e-9, 1),
-                ('min_p', min_p, 0, 1), ('the length of the prompt', T, 1, c.max_position_embeddings - max_new_tokens)):
+                ('min_p', min_p, 0, 1), ('the length of the prompt', T, 1, math.inf),
+                ('the length of the prompt plus max_new_tokens', T + max_new_tokens, 1, c.max_position_embeddings)):
             if value is not None and not least <= value <= most:
                 raise ValueError(f'{name} is {value}; it must be between {least} and {most}')
         if not 0 <= idx.min() <= idx.max() < c.vocab_size:
