@@ -1,17 +1,20 @@
 """
-GPT-OSS, the whole model in one file:
-
+GPT-OSS, the whole model in one file. Part one is the model by its definitions, which FAST = False uses alone:
 1. the shape     GPTConfig, in the field names of the published config.json
-2. the layers    norm, RoPE with YaRN, attention with sinks, mixture of experts, in the order of the forward pass
+2. the layers    norm, RoPE with YaRN, attention with sinks, mixture of experts, in the order data meets them
 3. the model     GPT: forward pass, loss, generation
-4. optimizers    Muon for the matrices of the layers, AdamW for everything else
-5. checkpoints   Hugging Face's, OpenAI's and MXFP4 layouts, read and written; LoRA adapters
+Part two makes it practical:
+4. fast ways     attention, experts and loss by fast kernels, each equal to its definition in part one
+5. optimizers    Muon for the matrices of the layers, AdamW for everything else
+6. checkpoints   Hugging Face's, whose names and layout the parameters have, in full precision or MXFP4
+7. adapters      LoRA, in PEFT's format
 
 Shapes: B batch, T tokens, N = B * T rows, D hidden_size, H query heads, KV key and value heads, hd head_dim,
-E experts, k experts per token, I intermediate_size, L layers, V vocab_size.
+S keys, E experts, k experts per token, I intermediate_size, L layers, V vocab_size.
 
-References: OpenAI's gpt_oss/torch/model.py (github.com/openai/gpt-oss) and model card (arXiv:2508.10925); transformers'
-models/gpt_oss; YaRN (arXiv:2309.00071); attention sinks (arXiv:2309.17453); Switch Transformer (arXiv:2101.03961).
+References: OpenAI's gpt_oss/torch/model.py (github.com/openai/gpt-oss) and model card (arXiv:2508.10925);
+transformers' models/gpt_oss; YaRN (arXiv:2309.00071); attention sinks (arXiv:2309.17453); Switch Transformer
+(arXiv:2101.03961).
 """
 
 import json
@@ -28,10 +31,18 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+FAST = True  # use the kernels of part two; False: compute by the definitions of part one
+
 # -----------------------------------------------------------------------------
 # 1. the shape
 
-SLIDING, FULL = 'sliding_attention', 'full_attention'
+SLIDING = 'sliding_attention'
+FULL = 'full_attention'
+
+
+def require(good, message):
+    if not good:
+        raise ValueError(message)
 
 
 @dataclass
@@ -43,19 +54,19 @@ class GPTConfig:
     num_attention_heads: int = 4  # query heads
     num_key_value_heads: int = 2  # key and value heads, each shared by a group of query heads
     head_dim: int = 64  # width of a head; heads * head_dim need not equal hidden_size
-    num_local_experts: int = 8  # experts in a layer; 1 makes the model dense
+    num_local_experts: int = 8  # experts in a layer; 1, with num_experts_per_tok 1, is a dense model
     num_experts_per_tok: int = 2  # experts that process each token
     sliding_window: int = 128  # keys that a sliding layer sees, including the token itself
-    layer_types: list[str] | None = None  # sliding_attention or full_attention; None alternates, sliding first
+    layer_types: list[str] | None = None  # sliding_attention, full_attention; None alternates, sliding first
     max_position_embeddings: int = 131072  # the longest context, in tokens
     rms_norm_eps: float = 1e-5  # added to the mean square
     swiglu_limit: float = 7.0  # clamps the gate from above and the up projection on both sides
     rope_theta: float = 150000.0  # base of RoPE's frequencies
-    rope_factor: float = 32.0  # YaRN: how far the context is stretched; 1 is plain RoPE
-    rope_beta_fast: float = 32.0  # YaRN: pairs with more turns than this in the original context keep their frequency
-    rope_beta_slow: float = 1.0  # YaRN: pairs with fewer turns than this have theirs divided by rope_factor
+    rope_factor: float = 32.0  # YaRN: how many times longer the context becomes; 1 is plain RoPE
+    rope_beta_fast: float = 32.0  # YaRN: RoPE's pairs with more turns than this in the original context stay
+    rope_beta_slow: float = 1.0  # YaRN: pairs with fewer turns than this are slowed rope_factor times
     rope_original_max_position_embeddings: int = 4096  # YaRN: the context before stretching
-    rope_truncate: bool = False  # YaRN: round the ends of the ramp to whole pairs; gpt-oss does not
+    rope_truncate: bool = False  # YaRN: round the ends of the ramp between them; gpt-oss does not
     initializer_range: float = 0.02  # standard deviation of the initial weights
     router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss in training mode; 0.01 is usual
     tie_word_embeddings: bool = False  # one matrix for the embedding and the head
@@ -65,301 +76,195 @@ class GPTConfig:
     def __post_init__(self):
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
-        if self.layer_types is None:
-            self.layer_types = [FULL if i % 2 else SLIDING for i in range(min(self.num_hidden_layers, 1000))]
-        for field in fields(self):  # config.json may come from a stranger
-            value, least = getattr(self, field.name), int(field.type is int)
-            kinds = {int: (int,), bool: (bool,)}.get(field.type, (float, int))
-            if field.name != 'layer_types' and not (type(value) in kinds and least <= value < 2 ** 31):
-                raise ValueError(f'{field.name} is {value!r:.99}; it must be {kinds[0].__name__}, at least {least}')
-        H, KV, L = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
+        for field in fields(self):  # config.json may come from an untrusted source
+            if field.name != 'layer_types':
+                self.check_number(field.name, field.type)
+        H, KV = self.num_attention_heads, self.num_key_value_heads
+        L, hd = self.num_hidden_layers, self.head_dim
         E, k = self.num_local_experts, self.num_experts_per_tok
-        rules = {
-            f'num_attention_heads ({H}) must be a multiple of num_key_value_heads ({KV})': H % KV == 0,
-            f'num_experts_per_tok ({k}) must not exceed num_local_experts ({E})': k <= E,
-            f'head_dim ({self.head_dim}) must be even, because RoPE rotates pairs': self.head_dim % 2 == 0,
-            f'layer_types must have num_hidden_layers ({L}) names': len(self.layer_types) == L,
-            f'layer_types may name {SLIDING} and {FULL}': {*self.layer_types} <= {SLIDING, FULL},
-            'dropout must be below 1': max(self.dropout, self.attention_dropout) < 1,
-            'rope_factor must be at least 1, and rope_theta above 1': self.rope_factor >= 1 and self.rope_theta > 1,
-            'rope_beta_fast and rope_beta_slow must be above 0': min(self.rope_beta_fast, self.rope_beta_slow) > 0}
-        for rule, holds in rules.items():
-            if not holds:
-                raise ValueError(rule)
+        require(L <= 1000, f'num_hidden_layers is {L}; it must be at most 1000')
+        if self.layer_types is None:
+            self.layer_types = [FULL if i % 2 else SLIDING for i in range(L)]
+        require(len(self.layer_types) == L, f'layer_types must have num_hidden_layers ({L}) names')
+        require(set(self.layer_types) <= {SLIDING, FULL}, f'layer_types may name {SLIDING} and {FULL}')
+        require(H % KV == 0, f'num_attention_heads ({H}) must be a multiple of num_key_value_heads ({KV})')
+        require(k <= E, f'num_experts_per_tok ({k}) must not exceed num_local_experts ({E})')
+        require(hd % 2 == 0, f'head_dim ({hd}) must be even, because RoPE rotates pairs')
+        require(self.dropout < 1 and self.attention_dropout < 1, 'dropout must be below 1')
+        require(self.rope_factor >= 1, 'rope_factor must be at least 1')
+        require(self.rope_theta > 1, 'rope_theta must be above 1')
+        slow, fast = self.rope_beta_slow, self.rope_beta_fast
+        require(min(slow, fast) > 0, 'rope_beta_slow and rope_beta_fast must be above 0')
+
+    def check_number(self, name, kind):
+        value = getattr(self, name)
+        kinds = [kind] if kind in (int, bool) else [float, int]  # a whole number is a float too
+        minimum = 1 if kind is int else 0
+        good = type(value) in kinds and minimum <= value < 2 ** 31
+        require(good, f'{name} is {value!r:.99}; it must be {kinds[0].__name__}, {minimum} to 2^31 - 1')
 
 
 # -----------------------------------------------------------------------------
 # 2. the layers
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in the dtype of its input, so that fp32 parameters serve bf16 activations."""
-
-    def __init__(self, *shape, **options):
-        super().__init__(*shape, **options)
-        self.lora = None  # see GPT.add_lora
+    """nn.Linear that computes in the dtype of its input: fp32 parameters serve bf16 activations."""
 
     def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return y if self.lora is None else y + self.lora(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm in fp32. The scale is applied before the result returns to the dtype of the input."""
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
 
 
 def rope_tables(config, positions, dtype=torch.float32):
-    """cos and sin, each (T, 1, hd), for positions (T,). YaRN: pairs that turn often within the original context keep
-    their frequency, that of slow pairs is divided by rope_factor, and a linear ramp connects the two. cos and sin are
-    multiplied by YaRN's concentration, 0.1 ln(rope_factor) + 1."""
-    c, half = config, config.head_dim // 2
+    """cos and sin for `rotate`, each (T, 1, hd), at positions (T,). The first half of sin is negated.
 
-    def pair_with(turns):  # the (fractional) index of the pair that turns this many times in the original context
-        return half * math.log(c.rope_original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(c.rope_theta)
+    YaRN: pairs that turn often within the original context keep their frequency. That of slow pairs is
+    divided by rope_factor. A linear ramp connects the two. cos and sin, and so the logits by its square, are
+    multiplied by YaRN's concentration: long contexts need sharper attention."""
+    half = config.head_dim // 2
+    theta = config.rope_theta
+    original = config.rope_original_max_position_embeddings
 
-    low, high = pair_with(c.rope_beta_fast), pair_with(c.rope_beta_slow)
-    if c.rope_truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, c.head_dim - 1)
+    def pair_with(turns):  # the (fractional) index of the pair that turns this many times in this context
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    low = pair_with(config.rope_beta_fast)
+    high = pair_with(config.rope_beta_slow)
+    if config.rope_truncate:
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, config.head_dim - 1)  # as in the reference, though the last pair is half - 1
     pair = torch.arange(half, device=positions.device)
-    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequency = c.rope_theta ** (-pair / half) * (1 - slowed + slowed / c.rope_factor)
+    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: stays, 1: is slowed
+    frequency = theta ** (-pair / half) * (1 - slowed + slowed / config.rope_factor)
     angle = positions[:, None, None].float() * frequency
-    concentration = 0.1 * math.log(c.rope_factor) + 1
-    cos, sin = angle.cos() * concentration, angle.sin() * concentration
-    # one tensor, which the compiler keeps; a cos alone it would compute again for every element of every layer
+    concentration = 0.1 * math.log(config.rope_factor) + 1  # from YaRN's paper
+    cos = angle.cos() * concentration
+    sin = angle.sin() * concentration
+    # concatenated, so that the compiler stores both; otherwise it computes cos again in every layer
     return torch.cat((cos, cos, -sin, sin), dim=-1).to(dtype).chunk(2, dim=-1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (i, i + hd / 2) of x (B, T, heads, hd)."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+    swapped = x.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(x * cos, swapped, sin)  # x * cos + swapped * sin
 
 
-def flash_takes(q):
-    """Whether PyTorch's FlashAttention for CUDA takes queries like these: 16 bits, and sm80 or newer."""
-    return (q.is_cuda and q.dtype != torch.float32 and q.size(-1) % 8 == 0 and q.size(-1) <= 192
-            and torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
-            and torch.cuda.get_device_properties(q.device).major >= 8)
+def visible_keys(T, S, window=None, device=None):
+    """Which of S keys the last T queries see, (T, S): their own and those before, `window` in all."""
+    position = torch.arange(S, device=device)
+    distance = position[S - T:, None] - position
+    return (distance >= 0) & (distance < (window or S))
 
 
-class FlashAttention(torch.autograd.Function):
-    """`attention` by CUDA's FlashAttention kernel, which takes windows and grouped heads, in memory linear in T.
+def attention(q, k, v, sinks, visible, dropout=0.0):
+    """Attention with sinks. q (B, T, H, hd), k, v (B, S, KV, hd), sinks (H,), visible ([T,] S) -> like q.
 
-    The kernel also returns the logarithms of the softmax's denominators (lse). From them follows the weight that a sink
-    leaves to the keys, by which outputs and their gradients are multiplied. The kernel's backward subtracts the product
-    of the output and its gradient; given the output with the sink, it computes the gradients with the sink.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, sinks, window):
-        T, hd = q.size(1), q.size(-1)
-        ctx.options = dict(scale=hd ** -0.5, window_size_left=(window or 0) - 1, window_size_right=0)  # -1: no window
-        y, lse, *state, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, None, None, T, T, 0.0, True, False, **ctx.options)
-        kept = torch.sigmoid(lse - sinks.float()[:, None])  # (B, H, T)
-        y = (y * kept.mT[..., None]).to(q.dtype)
-        ctx.save_for_backward(q, k, v, sinks, y, lse, *state)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        q, k, v, sinks, y, lse, *state = ctx.saved_tensors
-        T, kept = q.size(1), torch.sigmoid(lse - sinks.float()[:, None])
-        # lse must be the kernel's own: the compiler pads the strides of what it computes, which the kernel ignores
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            (dy * kept.mT[..., None]).to(dy.dtype), q, k, v, y, lse, None, None, T, T, 0.0, True, *state, **ctx.options)
-        dsinks = -((1 - kept) * (dy.float() * y.float()).sum(-1).mT).sum((0, 2))
-        return dq, dk, dv, dsinks.to(sinks.dtype), None
-
-
-def attention(q, k, v, sinks, window=None, dropout=0.0):
-    """Causal attention with sinks. q (B, T, H, hd), k and v (B, T, KV, hd), sinks (H,) -> (B, T, H, hd).
-
-    A sink is a logit that joins the softmax and adds no value. Where FlashAttention cannot be used, it is one more key,
-    whose value is zero: queries and keys get a feature whose product is the logit, so every SDPA kernel supports it.
-    With a window, blocks of `window` queries see their own block and the one before. This is exact and linear in T.
-    """
+    A sink is a learned logit of each head. The softmax includes it as one more column, which is then
+    dropped: the weights of the keys sum to less than 1, so that a head can attend to almost nothing."""
     B, T, H, hd = q.shape
-    if flash_takes(q) and not dropout:
-        return FlashAttention.apply(q, k, v, sinks, window)
-    extra = 8 - hd % 8 if q.is_cuda else 1  # CUDA's kernels want widths in multiples of 8
-    logit = F.pad((sinks * hd ** 0.5).to(q.dtype)[:, None], (0, extra - 1))  # SDPA multiplies by hd ** -0.5
-    q = torch.cat((q, logit.expand(B, T, H, extra)), dim=-1)
-    if window is None or window >= T:
-        mask = None
-        # the sink is key 0; a dummy query 0 keeps the mask causal
-        q, k, v = F.pad(q, (0, 0, 0, 0, 1, 0)), F.pad(k, (0, extra, 0, 0, 1, 0)), F.pad(v, (0, extra, 0, 0, 1, 0))
-    else:
-        blocks = -(-T // window)
-        tail = blocks * window - T
-        q = F.pad(q, (0, 0, 0, 0, 0, tail)) if tail else q
-        q = q.unflatten(1, (blocks, window)).flatten(0, 1)  # (B * blocks, window, H, hd + extra)
-        k, v = (F.pad(x, (0, extra, 0, 0, window, tail)).unflatten(1, (-1, window)) for x in (k, v))
-        sink = k.new_zeros(1).expand(B, blocks, 1, *k.shape[3:])
-        # the first key of the block before is outside of every window, so the sink takes its place
-        k, v = (torch.cat((sink, x[:, :-1, 1:], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))
-        distance = torch.arange(window, device=q.device)[:, None] - torch.arange(-window, window, device=q.device)
-        mask = ((distance >= 0) & (distance < window)).repeat(blocks, 1, 1)
-        mask[0, :, :window] = False  # no block comes before the first
-        mask[:, :, 0] = True
-        mask = mask.repeat(B, 1, 1)[:, None]  # (B * blocks, 1, window, 2 * window)
-    with torch.no_grad():
-        k[:, 0, :, hd] = 1
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.is_cuda:  # grouped heads need the flash kernel, which takes no mask, no fp32 and no old GPU
-        k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                                       scale=hd ** -0.5, enable_gqa=H != k.size(1)).transpose(1, 2)
-    y = F.pad(y, (0, -extra, 0, 0, -1 if mask is None else 0, 0))  # cheaper in backward than two slices
-    return y.reshape(B, -1, H, hd)[:, :T]
-
-
-class KVCache:
-    """Keys and values of one layer, (B, KV, size, hd). A sliding layer uses a ring of sliding_window slots. The
-    position is a tensor and shapes stay the same, so one compiled step serves every token."""
-
-    def __init__(self, config, layer_type, batch_size, length, dtype, device):
-        size = min(length, config.sliding_window) if layer_type == SLIDING else length
-        shape = batch_size, config.num_key_value_heads, size, config.head_dim
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.slots = torch.arange(size, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
-
-    def update(self, k, v):
-        """Store k and v (B, T, KV, hd) of the next T tokens. Only the last `size` tokens are kept."""
-        size, T = self.k.size(2), k.size(1)
-        slots = (self.position + torch.arange(T, device=k.device))[-size:] % size
-        self.k.index_copy_(2, slots, k[:, -size:].transpose(1, 2))
-        self.v.index_copy_(2, slots, v[:, -size:].transpose(1, 2))
-        self.position += T
-
-    def attend(self, q, sinks):
-        """Attention of the newest token, q (B, 1, H, hd) -> (B, KV, H / KV, hd). The order of keys does not matter."""
-        B, KV, _, hd = self.k.shape
-        logits = (q.view(B, KV, -1, hd) @ self.k.mT * hd ** -0.5).masked_fill(self.slots >= self.position, -math.inf)
-        sinks = sinks.to(logits.dtype).view(1, KV, -1, 1).expand(B, -1, -1, 1)
-        return torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1] @ self.v
+    S, KV = k.size(1), k.size(2)
+    q = q.transpose(1, 2).reshape(B, KV, -1, hd)  # stacks the H / KV query heads of each key head
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    logits = (q @ k.mT * hd ** -0.5).view(B, H, T, S)
+    logits = logits.masked_fill(~visible, -math.inf)
+    sinks = sinks.to(logits.dtype)[:, None, None].expand(B, H, T, 1)
+    weights = torch.cat((logits, sinks), dim=-1).softmax(-1)
+    weights = F.dropout(weights[..., :-1], dropout)  # without the sink's column
+    y = weights.reshape(B, KV, -1, S) @ v
+    return y.view(B, H, T, hd).transpose(1, 2)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with sinks. In sliding layers a token sees sliding_window keys."""
+
     def __init__(self, config, layer_type):
         super().__init__()
-        D, H, KV, hd = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj, self.k_proj, self.v_proj = Linear(D, H * hd), Linear(D, KV * hd), Linear(D, KV * hd)
+        D, hd = config.hidden_size, config.head_dim
+        H, KV = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(D, H * hd)
+        self.k_proj = Linear(D, KV * hd)
+        self.v_proj = Linear(D, KV * hd)
         self.o_proj = Linear(H * hd, D)
         self.sinks = nn.Parameter(torch.zeros(H))
-        self.head_dim, self.dropout = hd, config.attention_dropout
+        self.head_dim = hd
         self.window = config.sliding_window if layer_type == SLIDING else None
+        self.dropout = config.attention_dropout
 
     def forward(self, x, cos, sin, cache=None):
-        """x (B, T, D) -> (B, T, D). With a cache, x is the prompt that fills it or the newest token."""
+        """x (B, T, D) -> (B, T, D). With a KVCache, x is the whole prompt (empty cache) or one new token."""
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        dropout = self.dropout if self.training else 0.0
         if cache is not None:
             cache.update(k, v)
-        if cache is None or T > 1:
-            y = attention(q, k, v, self.sinks, self.window, self.dropout if self.training else 0.0)
+        if cache is not None and T == 1:
+            y = attention(q, cache.k, cache.v, self.sinks, cache.slots < cache.position)
+        elif FAST:
+            y = fast_attention(q, k, v, self.sinks, self.window, dropout)
         else:
-            y = cache.attend(q, self.sinks)
+            y = attention(q, k, v, self.sinks, visible_keys(T, T, self.window, x.device), dropout)
         return self.o_proj(y.reshape(B, T, -1))
 
 
 def swiglu(gate_up, limit):
-    """gate * sigmoid(1.702 gate) * (up + 1), with both clamped. gate_up (..., 2I) holds the gates, then the ups."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    # hardtanh is a clamp whose backward is twice as fast on CPUs
-    gate, up = F.hardtanh(gate, -math.inf, limit), F.hardtanh(up, -limit, limit)
-    return F.silu(1.702 * gate) * torch.add(1 / 1.702, up, alpha=1 / 1.702)
-
-
-def grouped_linear(x, w, b, member):
-    """Rows x (M, in), sorted by expert, through w (E, out, in) and b (E, out) -> (M, out). member (M, E): True where a
-    row belongs to an expert. One kernel on sm90 and sm100; elsewhere PyTorch loops over the experts, and GPUs wait for
-    the host. It needs bf16 on CUDA, and widths in multiples of 8."""
-    if x.is_cuda and torch.cuda.get_device_properties(x.device).major == 10:
-        # gradients of experts without rows are garbage there (pytorch/pytorch#172439); where makes them zero
-        w = torch.where(member.any(0)[:, None, None], w, 0)
-    y = F.grouped_mm(x, w.to(x.dtype).mT, offs=member.sum(0).cumsum(0).to(torch.int32))
-    return torch.addmm(y, member.to(x.dtype), b.to(x.dtype))  # b[expert] would add its gradients by atomics
+    """gate * sigmoid(1.702 * gate) * (up + 1), both clamped. gate_up (..., 2I): a gate, its up, and so on."""
+    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    gate = F.hardtanh(gate, -math.inf, limit)  # a clamp whose backward is twice as fast on CPUs
+    up = F.hardtanh(up, -limit, limit)
+    # gate * sigmoid(a * gate) is silu(a * gate) / a; with a = 1.702 it is close to GELU
+    return F.silu(1.702 * gate) * torch.add(1 / 1.702, up, alpha=1 / 1.702)  # ... * (up + 1) / 1.702
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts, stacked in the layout of nn.Linear, (E, out, in). The rows of gate_up are the gates, then the
-    ups. The published checkpoints interleave them, which does not vectorize, so loading and saving convert."""
+    """E SwiGLU experts. As in the published checkpoints, their matrices are (in, out), and the columns of
+    gate_up_proj interleave gates and ups. A stack may also be an MXFP4, 4-bit weights, see chapter 6."""
 
     def __init__(self, config):
         super().__init__()
         E, D, I = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.gate_up_weight = nn.Parameter(torch.empty(E, 2 * I, D))
-        self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * I))
-        self.down_weight = nn.Parameter(torch.empty(E, D, I))
-        self.down_bias = nn.Parameter(torch.empty(E, D))
-        self.gate_up_lora = self.down_lora = None  # see GPT.add_lora
+        self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * I))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(E, 2 * I))
+        self.down_proj = nn.Parameter(torch.empty(E, I, D))
+        self.down_proj_bias = nn.Parameter(torch.empty(E, D))
         self.limit = config.swiglu_limit
 
     def forward(self, x, chosen, router_weights):
-        """x (N, D) through the experts chosen (N, k), summed with router_weights (N, k) -> (N, D), and the number of
-        rows of each expert (E,), or None in decoding."""
-        w1, b1, w2, b2 = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
-        k = chosen.size(1)
-        if (len(x) <= 8 and not self.training and self.gate_up_lora is None
-                and (x.is_cuda or torch.compiler.is_compiling())):
-            # decoding without a wait for the host; compiled, it becomes one pass over the weights of the chosen experts
-            w1, b1, w2, b2 = (p[chosen].to(x.dtype) for p in (w1, b1, w2, b2))
-            h = swiglu((x[:, None, None] * w1).sum(-1) + b1, self.limit)  # (N, k, I)
-            y = (h[:, :, None] * w2).sum(-1) + b2  # (N, k, D)
-            return (y * router_weights[..., None]).sum(1), None
-        if len(x) == 1 and not self.training:  # a decoded token: nothing to sort
-            return router_weights @ self.one_by_one(x.expand(k, -1), torch.ones_like(chosen[0]), chosen[0]), None
-        order = chosen.flatten().argsort(stable=True)  # (row, choice) pairs, sorted by expert
-        member = chosen.flatten()[order, None] == torch.arange(len(b2), device=x.device)  # (N * k, E)
-        counts = member.sum(0)
-        if x.is_cuda:  # index_copy_'s backward only reads rows; index_select's adds them by atomics, in any order
-            place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
-            rows = x.new_empty(len(order), x.size(1)).index_copy_(0, place, x.repeat_interleave(k, dim=0))
-        else:
-            rows = x.index_select(0, order // k)
-        # On CPUs grouped_mm is faster for few rows, the loop for many. torch.compile takes only bf16 there.
-        small = (x.device.type == 'cpu' and x.dtype == torch.float32 and len(rows) * b1.size(1) <= 2 ** 20
-                 and not torch.compiler.is_compiling())
-        if ((small or x.is_cuda and x.dtype == torch.bfloat16) and self.gate_up_lora is None
-                and not isinstance(w1, MXFP4) and w1.size(2) % 8 == w2.size(2) % 8 == 0):
-            y = grouped_linear(swiglu(grouped_linear(rows, w1, b1, member), self.limit), w2, b2, member)
-        else:
-            y = self.one_by_one(rows, counts)
-        y = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, (-1, k))  # (N, k, D)
-        return (y * router_weights[..., None]).sum(1), counts
+        """x (N, D) through the experts chosen (N, k), summed with router_weights (N, k) -> (N, D)."""
+        if FAST:
+            return fast_experts(self, x, chosen, router_weights)
+        y = torch.zeros_like(x)
+        for e in range(len(self.down_proj_bias)):  # E
+            row, choice = torch.where(chosen == e)
+            h = self.linear('gate_up_proj', x[row], e)
+            h = self.linear('down_proj', swiglu(h, self.limit), e)
+            y = y.index_add(0, row, h * router_weights[row, choice, None])
+        return y
 
-    @torch._disable_dynamo  # the number of rows is data; torch.compiler.disable is the same, and imports for a second
-    def one_by_one(self, x, counts, experts=None):
-        """Groups of counts rows of x (M, D) through these experts, or through all -> (M, D)."""
-        layers = ((self.gate_up_weight, self.gate_up_bias, self.gate_up_lora),
-                  (self.down_weight, self.down_bias, self.down_lora))
-        if experts is None:  # unbind has a much faster backward than indexing
-            layers = [(w if isinstance(w, MXFP4) else w.unbind(), b.unbind(), lora) for w, b, lora in layers]
-            experts = torch.arange(len(counts))
-
-        def linear(x, e, w, b, lora):
-            y = F.linear(x, w[e].to(x.dtype), b[e].to(x.dtype))
-            return y if lora is None else y + lora(x, e)
-
-        outputs = []
-        for e, rows in zip(experts.tolist(), x.split(counts.tolist())):
-            n = len(rows)
-            if n > 32 and x.dtype != torch.float32 and not x.is_cuda:
-                rows = F.pad(rows, (0, 0, 0, -n % 256))  # CPUs compile a 16-bit kernel for each number of rows, in 3 ms
-            if n > 0:
-                outputs.append(linear(swiglu(linear(rows, e, *layers[0]), self.limit), e, *layers[1])[:n])
-        return torch.cat(outputs)
+    def linear(self, name, x, e):
+        """x (rows, in) through the matrix and the bias of expert e -> (rows, out)."""
+        matrix = getattr(self, name)[e]
+        bias = getattr(self, name + '_bias')[e]
+        return torch.addmm(bias.to(x.dtype), x, matrix.to(x.dtype))  # bias + x @ matrix
 
 
 class MoE(nn.Module):
-    """A router sends each token to its k best experts. A softmax over those k weights their outputs."""
+    """A router picks k experts for each token. Their outputs are weighted by a softmax over the k logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -368,16 +273,21 @@ class MoE(nn.Module):
         self.k = config.num_experts_per_tok
 
     def forward(self, x):
-        """x (B, T, D) -> (B, T, D), and for GPT.balance_loss each expert's mean probability and rows, both (E,)."""
+        """x (B, T, D) -> (B, T, D), and what GPT.balance_loss needs in training, or None."""
         rows = x.flatten(0, 1)
-        logits = self.router(rows.float())
+        logits = self.router(rows.float())  # (N, E), fp32
         best, chosen = logits.topk(self.k, dim=-1)
-        y, counts = self.experts(rows, chosen, best.softmax(-1).to(x.dtype))
-        return y.view_as(x), (logits.softmax(-1).mean(0), counts) if self.training else None
+        y = self.experts(rows, chosen, best.softmax(-1).to(x.dtype)).view_as(x)
+        if not self.training:
+            return y, None
+        probability = logits.softmax(-1).mean(0)  # mean for each expert, (E,)
+        experts = torch.arange(logits.size(1), device=x.device)
+        count = (chosen.flatten()[:, None] == experts).sum(0)  # tokens for each expert, like bincount, (E,)
+        return y, (probability, count)
 
 
 class Block(nn.Module):
-    """One layer: attention, then the experts. Each reads the normed residual stream (B, T, D) and adds to it."""
+    """A layer: attention, then experts. Both read the normed residual stream (B, T, D) and add to it."""
 
     def __init__(self, config, layer_type):
         super().__init__()
@@ -388,59 +298,28 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None):
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        y = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = x + self.dropout(y)
         y, routing = self.mlp(self.post_attention_layernorm(x))
         return x + self.dropout(y), routing
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of x @ weight.T, in nats. Forward computes logits and gradient chunk by chunk, so all
-    (N, V) logits never exist at once. x (N, D), weight (V, D), targets (N,) with -1 ignored -> fp32 scalar."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, needs_grad):
-        w, loss, dx = weight.to(x.dtype), x.new_zeros((), dtype=torch.float32), []
-        dw = torch.zeros_like(weight, dtype=torch.float32) if needs_grad and weight.requires_grad else None
-        # 2^24 logits in fp32 are 64 MB; GPUs are faster with more, and with a multiple of 64 rows
-        chunk = max(64, 2 ** 27 // len(w) // 64 * 64) if x.is_cuda else max(1, 2 ** 24 // len(w))
-        for xc, tc in zip(x.split(chunk), targets.split(chunk)):
-            logits = (xc @ w.T).float()
-            valid, tc = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
-            logits -= logits.amax(-1, keepdim=True)
-            target_logit = logits.gather(1, tc)
-            total = logits.exp_().sum(-1, keepdim=True)
-            loss = loss + torch.where(valid, total.log() - target_logit, 0).sum()  # with +=, torch 2.11 compiles zeros
-            if needs_grad:  # d loss / d logits = softmax - one_hot. Rounded first: compiled code keeps no fp32 logits
-                grad = logits.mul_(valid / total).to(x.dtype)
-                grad.scatter_(1, tc, ((target_logit.exp() / total - 1) * valid).to(x.dtype))
-                dx.append(grad @ w)
-                if dw is not None:
-                    dw = dw.addmm_(grad.T, xc) if grad.dtype == dw.dtype else dw.add_(grad.T @ xc)
-        if needs_grad:
-            ctx.save_for_backward(torch.cat(dx), dw)
-            ctx.dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), None if dw is None else (dw * grad).to(ctx.dtype), None, None
 
 
 # -----------------------------------------------------------------------------
 # 3. the model
 
 class GPT(nn.Module):
-    """The language model. model(idx, targets) -> (logits, loss); model.generate(idx, max_new_tokens) continues idx."""
+    """The language model. model(idx, targets) -> (logits, loss). model.generate(idx, n) continues idx.
+
+    Its state_dict has the names and the layout of the published checkpoints. Part two adds from_pretrained,
+    save_pretrained, configure_optimizers, num_parameters, flops_per_token, add_lora, merge_lora and
+    save_adapter."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False  # activation checkpointing: backward computes each block again instead of keeping it
-        self.group = None  # torch.distributed: the processes that share a batch sum their expert counts
-        self.source = None  # what from_pretrained loaded, and its overrides for adapter_config.json
-        self.lora = None  # the arguments of add_lora
+        self.recompute = False  # activation checkpointing: backward computes each layer again, to save memory
+        self.base = None  # what from_pretrained loaded, for save_adapter
+        self.lora = None  # rank and alpha of the adapters, if there are any
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types),
@@ -460,269 +339,164 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_counters(self, device=None):
-        """Reset what training reports: the rows of each expert, and the load-balancing loss of the last batch."""
+        """Reset what training reports: tokens routed to each expert, and the load-balancing loss of the last
+        batch."""
         shape = self.config.num_hidden_layers, self.config.num_local_experts
         load = torch.zeros(shape, dtype=torch.int64, device=device)
         self.register_buffer('expert_load', load, persistent=False)
         self.register_buffer('balance', torch.zeros((), device=device), persistent=False)
 
     def hidden_states(self, idx, caches=None):
-        """idx (B, T) -> the final normed states (B, T, D), and in training mode the load-balancing loss. With a KVCache
-        for each layer, the first call takes a whole prompt, and each later call takes the next token."""
-        x, device = self.model.embed_tokens(idx), idx.device.type
-        # Under autocast the embeddings take its dtype, and the layers compute in the dtype of their input. Autocast is
-        # off inside: this is faster on CPUs, and it keeps router, norms and loss in fp32.
+        """idx (B, T) -> the final normed states (B, T, D), and the routing of each layer for balance_loss.
+
+        With a KVCache for each layer, the first call takes a whole prompt, each later call the next token."""
+        x = self.model.embed_tokens(idx)
+        device = idx.device.type
+        # Under autocast, cast the embeddings once. All layers compute in that dtype then, with autocast off:
+        # this is faster on CPUs, and it keeps router, norms and loss in fp32.
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        start = caches[0].position if caches else 0
-        cos, sin = rope_tables(self.config, start + torch.arange(idx.size(1), device=idx.device), x.dtype)
+        positions = torch.arange(idx.size(1), device=idx.device)
+        if caches:
+            positions = positions + caches[0].position
+        cos, sin = rope_tables(self.config, positions, x.dtype)
         routing = []
         with torch.autocast(device, enabled=False):
-            for layer, cache in zip(self.model.layers, caches or [None] * len(self.model.layers)):
+            for i, layer in enumerate(self.model.layers):
                 if self.recompute and torch.is_grad_enabled():
                     x, layer_routing = checkpoint(layer, x, cos, sin, use_reentrant=False)
                 else:
-                    x, layer_routing = layer(x, cos, sin, cache)
+                    x, layer_routing = layer(x, cos, sin, caches[i] if caches else None)
                 routing.append(layer_routing)
-            return self.model.norm(x), self.balance_loss(routing) if self.training else None
+            return self.model.norm(x), routing
 
     def balance_loss(self, routing):
-        """The load-balancing loss of Switch Transformer, averaged over the layers: 1 when experts get equal loads. Adds
-        the rows of each expert to expert_load."""
-        probabilities, counts = (torch.stack(values) for values in zip(*routing))  # both (L, E)
-        self.expert_load += counts
-        if self.group is not None:
-            torch.distributed.all_reduce(counts, group=self.group)
-        balance = counts.size(1) * (probabilities * counts / counts.sum(1, keepdim=True)).sum(1).mean()
+        """Switch Transformer's load-balancing loss, mean over layers: 1 at equal loads. Updates the
+        counters."""
+        probability = torch.stack([layer[0] for layer in routing])  # both (L, E)
+        count = torch.stack([layer[1] for layer in routing])
+        self.expert_load += count
+        share = count / count.sum(1, keepdim=True)
+        balance = (probability * share).sum(1).mean() * self.config.num_local_experts
         self.balance.copy_(balance.detach())
         return balance
 
     def forward(self, idx, targets=None, return_logits=True, count=None):
         """idx, targets int64 (B, T), target -1 is ignored -> (logits, loss).
 
-        Without targets: the logits of the last position (B, 1, V), and None. With targets: logits (B, T, V) and the
-        mean cross-entropy in nats. With return_logits=False the logits are None and are never stored whole. Training
-        mode adds router_aux_loss_coef times the load-balancing loss. count replaces the number of targets as divisor.
-        """
-        if idx.size(1) > (longest := self.config.max_position_embeddings):
-            raise ValueError(f'{idx.size(1)} tokens exceed max_position_embeddings ({longest})')
-        x, balance = self.hidden_states(idx)
+        Without targets: the logits of the last position (B, 1, V), and None. With targets: logits (B, T, V),
+        None if not return_logits, and the cross-entropy in nats, summed and divided by count, by default the
+        number of targets. Training mode adds router_aux_loss_coef times the load-balancing loss."""
+        T = idx.size(1)
+        longest = self.config.max_position_embeddings
+        require(T <= longest, f'{T} tokens exceed max_position_embeddings ({longest})')
+        x, routing = self.hidden_states(idx)
         with torch.autocast(idx.device.type, enabled=False):
             if targets is None:
                 return self.lm_head(x[:, -1:]), None
-            targets, logits = targets.flatten(), None
-            if return_logits:
-                logits = self.lm_head(x)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-1, reduction='sum')
+            logits = None
+            if FAST and not return_logits:
+                x, targets = x.flatten(0, 1), targets.flatten()
+                loss = LinearCrossEntropy.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
             else:
-                loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets, torch.is_grad_enabled())
-            loss = loss / ((targets >= 0).sum().clamp(min=1) if count is None else count)
-        if self.training and self.config.router_aux_loss_coef:
-            loss = loss + self.config.router_aux_loss_coef * balance
-        return logits, loss
+                logits = self.lm_head(x)
+                flat = logits.flatten(0, 1).float()
+                loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1, reduction='sum')
+            if count is None:
+                count = (targets >= 0).sum().clamp(min=1)
+            loss = loss / count
+            if self.training:
+                balance = self.balance_loss(routing)
+                if self.config.router_aux_loss_coef:
+                    loss = loss + self.config.router_aux_loss_coef * balance
+        return (logits if return_logits else None), loss
 
     def next_logits(self, idx, caches):
-        """The logits (B, V) of the token after idx (B, T), which continues what the caches hold."""
-        return self.lm_head(self.hidden_states(idx, caches)[0][:, -1])
+        """The logits (B, V) of the token after idx: the whole prompt if the caches are empty, else one
+        token."""
+        x, _ = self.hidden_states(idx, caches)
+        return self.lm_head(x[:, -1])
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, vocab_size=None,
-               context=None, compile=False):
-        """Continue idx (B, T) token by token, yielding each (B,) as it is drawn. Raises ValueError.
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
+               vocab_size=None, context=None, compile=False):
+        """Continue idx (B, T), yielding each token (B,) as it is drawn. Bad arguments raise ValueError.
 
-        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest that together reach this
-        probability, min_p those at least this fraction as likely as the likeliest. vocab_size keeps the first tokens
-        only, where the model has more than its tokenizer. context limits how far back full attention looks. compile
-        makes one graph of the step, which takes a minute the first time.
-        """
-        idx = idx[:, -context:] if context else idx
-        (B, T), c, training = idx.shape, self.config, self.training
-        for name, value, least, most in (
-                ('temperature', temperature, 0, 1e9), ('top_k', top_k, 1, math.inf), ('top_p', top_p, 1e-9, 1),
-                ('min_p', min_p, 0, 1), ('the length of the prompt', T, 1, math.inf),
-                ('the length of the prompt plus max_new_tokens', T + max_new_tokens, 1, c.max_position_embeddings)):
-            if value is not None and not least <= value <= most:
-                raise ValueError(f'{name} is {value}; it must be between {least} and {most}')
-        if not 0 <= idx.min() <= idx.max() < c.vocab_size:
-            raise ValueError(f'the prompt has token ids outside of vocab_size ({c.vocab_size}); check the tokenizer')
-        dtype, length = self.lm_head.weight.dtype, T + max_new_tokens
-        if torch.is_autocast_enabled(idx.device.type):
-            dtype = torch.get_autocast_dtype(idx.device.type)
+        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest that together reach
+        this probability, min_p those at least this fraction as likely as the likeliest. Tokens from
+        vocab_size on, which the tokenizer does not have, are never drawn. context limits how far back full
+        attention looks. compile compiles the step of one token, which takes a minute the first time."""
+        if context:
+            idx = idx[:, -context:]
+        length = idx.size(1) + max_new_tokens
+        check_sampling(self.config, idx, length, temperature, top_k, top_p, min_p)
         if compile:
-            length = -(-length // 512) * 512  # another length is compiled anew
-        length = min(length, context or length)
-        caches = [KVCache(c, layer_type, B, length, dtype, idx.device) for layer_type in c.layer_types]
-        for tensor in (tensor for cache in caches if compile for tensor in vars(cache).values()):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs change no other inputs
-        compiled = torch.compile(self.next_logits, mode='reduce-overhead' if idx.is_cuda else None)
+            length = math.ceil(length / 512) * 512  # every new length is compiled again
+        caches = self.make_caches(idx, min(length, context or length))
+        step = self.next_logits
+        training = self.training
         self.eval()
         try:
             for i in range(max_new_tokens):
-                step = compiled if compile and i else self.next_logits  # i = 0: the prompt
-                idx = draw(step(idx, caches)[:, :vocab_size].float(), temperature, top_k, top_p, min_p)
+                if compile and i == 1:  # after the prompt
+                    step = compile_step(step, caches, idx.is_cuda)
+                logits = step(idx, caches)[:, :vocab_size].float()
+                idx = draw(logits, temperature, top_k, top_p, min_p)  # the newest token; caches hold the rest
                 yield idx.squeeze(1)
         finally:
             self.train(training)
 
     def generate(self, idx, max_new_tokens, *options, **more):
         """Continue idx (B, T) -> (B, T + max_new_tokens), with the options of `stream`."""
-        return torch.cat((idx, *(new[:, None] for new in self.stream(idx, max_new_tokens, *options, **more))), dim=1)
+        new = list(self.stream(idx, max_new_tokens, *options, **more))
+        return torch.cat((idx, torch.stack(new, dim=1)), dim=1) if new else idx
 
-    def stored(self):
-        """The parameters of a checkpoint by name. Packed experts appear as MXFP4. Adapters are not included."""
-        packed = {name: module for name, module in self.named_modules() if isinstance(module, MXFP4)}
-        return {name: p for name, p in self.named_parameters() if 'lora.' not in name} | packed
+    def make_caches(self, idx, length):
+        """An empty KVCache of this length for each layer, for prompts like idx (B, T)."""
+        dtype = self.lm_head.weight.dtype
+        if torch.is_autocast_enabled(idx.device.type):
+            dtype = torch.get_autocast_dtype(idx.device.type)
+        return [KVCache(self.config, layer_type, len(idx), length, dtype, idx.device)
+                for layer_type in self.config.layer_types]
 
-    def num_parameters(self, active=False):
-        """All parameters, or those that one token uses."""
-        sizes = {name: tensor.shape.numel() for name, tensor in self.stored().items()}
-        experts = sum(size for name, size in sizes.items() if '.experts.' in name)
-        unused = 1 - self.config.num_experts_per_tok / self.config.num_local_experts if active else 0
-        return sum(sizes.values()) - round(experts * unused)
 
-    def flops_per_token(self, T):
-        """Training FLOPs of an average token: 6 for each active parameter outside the embedding, and attention's."""
-        c = self.config
-        active = self.num_parameters(active=True) - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
-        windows = [min(T, c.sliding_window) if t == SLIDING else T for t in c.layer_types]
-        keys = sum(w - w * (w - 1) / (2 * T) for w in windows)
-        return 6 * active + 12 * c.num_attention_heads * c.head_dim * keys
+class KVCache:
+    """Keys (after RoPE) and values of one layer, (B, size, KV, hd). Once all slots are used, the newest token
+    replaces the oldest, so sliding_window slots are the window. The order of slots does not matter to a
+    softmax. The position is a tensor and shapes stay the same, so one compiled step serves every token."""
 
-    def configure_optimizers(self, learning_rate, muon_lr, betas, weight_decay, muon_interval=1):
-        """[AdamW, Muon]. Muon moves the matrices of the layers every muon_interval steps, with momentum betas[0]. AdamW
-        moves the rest, or everything if muon_lr is 0. Only matrices decay. The biases of the experts are 2-D too, so
-        the name decides."""
-        decay, rest, hidden = [], [], {}
-        for name, p in self.named_parameters():
-            if not p.requires_grad:
-                continue
-            if muon_lr and not self.lora and p.dim() >= 2 and '.layers.' in name and name.endswith('weight'):
-                hidden.setdefault((p.shape, 2 if 'gate_up' in name else 1), []).append(p)
-            else:
-                (decay if p.dim() >= 2 and not name.endswith('bias') else rest).append(p)
-        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
-        if hidden:
-            groups = [dict(params=params, pieces=pieces) for (_, pieces), params in hidden.items()]
-            optimizers.append(Muon(groups, muon_lr, betas[0], weight_decay, muon_interval))
-        return optimizers
+    def __init__(self, config, layer_type, batch_size, length, dtype, device):
+        size = min(length, config.sliding_window) if layer_type == SLIDING else length
+        shape = batch_size, config.num_key_value_heads, size, config.head_dim  # in memory, for matmuls
+        self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        self.slots = torch.arange(size, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
 
-    def adapted(self):
-        """(module, the name of its matrix or stack, the name of its adapter) for all that add_lora adapts."""
-        for layer in self.model.layers:
-            for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj'):
-                yield getattr(layer.self_attn, name), 'weight', 'lora'
-            yield layer.mlp.experts, 'gate_up_weight', 'gate_up_lora'
-            yield layer.mlp.experts, 'down_weight', 'down_lora'
+    def update(self, k, v):
+        """Store k and v (B, T, KV, hd) of the next T tokens. Only the last `size` tokens are kept."""
+        T = k.size(1)
+        size = self.k.size(1)
+        written = (self.position + torch.arange(T, device=k.device))[-size:] % size
+        self.k.index_copy_(1, written, k[:, -size:])
+        self.v.index_copy_(1, written, v[:, -size:])
+        self.position += T
 
-    def add_lora(self, rank, alpha):
-        """Freeze the model and add trainable fp32 low-rank adapters to the matrices of attention and experts."""
-        if self.lora or not 1 <= rank <= self.config.hidden_size or not 0 < alpha < math.inf:
-            raise ValueError(f'lora_rank is {rank} and lora_alpha {alpha}; the rank must be 1 to hidden_size, alpha '
-                             'above 0, and the model without adapters')
-        self.requires_grad_(False)
-        self.lora = dict(r=rank, lora_alpha=alpha)
-        for module, weight, name in self.adapted():
-            matrix = getattr(module, weight)
-            lora = LoRA(matrix.shape, rank, alpha / rank, name == 'gate_up_lora')
-            setattr(module, name, lora.to(self.lm_head.weight.device))
-            self.recompute |= isinstance(matrix, MXFP4)  # or autograd stores all unpacked experts until backward
 
-    @torch.no_grad()
-    def merge_lora(self):
-        """Add each adapter to its matrix and remove it. Raises ValueError for MXFP4."""
-        if any(isinstance(module, MXFP4) for module in self.modules()):
-            raise ValueError("MXFP4 experts cannot hold merged adapters; load without experts='mxfp4'")
-        for module, weight, name in self.adapted():
-            lora, matrices = getattr(module, name), getattr(module, weight)
-            for e, matrix in enumerate(matrices.view(-1, *matrices.shape[-2:])):
-                matrix.add_(lora(torch.eye(matrix.size(1), device=matrix.device), e).mT)
-            setattr(module, name, None)
-        self.source = self.lora = None
-        self.requires_grad_(True)
+def check_sampling(config, idx, length, temperature, top_k, top_p, min_p):
+    """Raise ValueError unless the arguments of GPT.stream are valid. length includes the new tokens."""
+    def check(name, value, least, most):
+        good = value is None or least <= value <= most
+        require(good, f'{name} is {value}; it must be between {least} and {most}')
 
-    @classmethod
-    def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None, **overrides):
-        """Load a folder or a Hugging Face hub id: Hugging Face's layout, OpenAI's original/, or adapters.
-
-        experts='mxfp4' keeps the matrices of the experts at four bits a value; they do not train. overrides replace
-        fields of GPTConfig. Raises ValueError, which names the tensors that do not fit.
-        """
-        folder = find_checkpoint(path)
-        if (folder / 'adapter_config.json').is_file():
-            return load_adapter(cls, folder, dtype, device, experts, overrides)
-        if 'dropout' in overrides:
-            overrides.setdefault('attention_dropout', None)
-        config = replace(read_config(folder), **overrides)
-        if dtype == torch.float16 and config.hidden_size == 2880:
-            raise ValueError("gpt-oss's activations exceed the range of float16; use bfloat16 or float32")
-        with torch.device('meta'):
-            model = cls(config)
-        missing, wrong = {name: tuple(p.shape) for name, p in model.named_parameters()}, []
-        for name, tensor in read_tensors(folder, config):
-            if (expected := missing.pop(name, 'no such tensor')) != tuple(tensor.shape):
-                wrong.append(f'{name} is {tuple(tensor.shape)}, expected {expected}')
-                continue
-            module, leaf = model.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2]
-            if experts and name.endswith(('gate_up_weight', 'down_weight')):
-                delattr(module, leaf)
-                setattr(module, leaf, (tensor if isinstance(tensor, MXFP4) else MXFP4.pack(tensor, experts)).to(device))
-            else:
-                tensor = tensor.to(device).dense() if isinstance(tensor, MXFP4) else tensor
-                tensor = tensor.to(device, dtype, copy=True)  # safetensors gives a view of the file
-                setattr(module, leaf, nn.Parameter(tensor.contiguous()))
-        wrong += [f'{name} is missing' for name in missing]
-        if wrong:
-            raise ValueError(f'{folder} does not fit its config: {"; ".join(wrong[:10])} ({len(wrong)} in all)')
-        model.tie_weights()
-        model.reset_counters(device)
-        model.source = str(path), dict(overrides=overrides) if overrides else {}
-        return model
-
-    def save_pretrained(self, path, dtype=None, experts=None, shard_size=5e9):
-        """Write config.json and safetensors that transformers' GptOssForCausalLM loads. A model larger than shard_size
-        bytes gets one file for each layer. dtype None keeps that of the parameters. experts='mxfp4' writes the matrices
-        of the experts at four bits a value. The new files replace the folder's old ones after all are written."""
-        if self.lora:
-            raise ValueError('the model has adapters: merge_lora() first, or save_adapter() to save them alone')
-        folder, dtype, stored, shards = Path(path), dtype or self.lm_head.weight.dtype, self.stored(), {}
-        large = self.num_parameters() * dtype.itemsize > shard_size
-        for name in stored:
-            shards.setdefault(name.split('.')[2] if large and '.layers.' in name else 'rest', []).append(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as new:
-            write_config(self.config, Path(new), dtype, experts)
-            index = dict(metadata=dict(total_size=0), weight_map={})
-            for i, names in enumerate(shards.values(), 1):
-                file = f'model-{i:05}-of-{len(shards):05}.safetensors' if large else 'model.safetensors'
-                tensors = {}
-                for name in names:
-                    tensors |= published(name, stored[name], dtype, experts)
-                save_file(tensors, Path(new, file))
-                index['metadata']['total_size'] += sum(tensor.nbytes for tensor in tensors.values())
-                index['weight_map'] |= dict.fromkeys(tensors, file)
-            if large:
-                write_json(Path(new, 'model.safetensors.index.json'), index)
-            for old in (*folder.glob('model*.safetensors*'), *folder.glob('adapter_*')):
-                old.unlink()
-            for file in Path(new).iterdir():
-                file.replace(folder / file.name)
-
-    def save_adapter(self, path):
-        """Write adapter_model.safetensors and adapter_config.json, which names the base model, in PEFT's format."""
-        folder = Path(path)
-        if not self.lora or not self.source or (folder / 'config.json').exists():
-            raise ValueError(f'{folder} holds a whole model, or there are no adapters of a saved model to write: '
-                             'from_pretrained(folder), then add_lora()')
-        folder.mkdir(parents=True, exist_ok=True)
-        base, overrides = self.source
-        base = str(Path(base).resolve() if os.path.exists(base) else base)  # a hub id stays as it is
-        write_json(folder / 'adapter_config.json', dict(
-            peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, inference_mode=True, **self.lora,
-            target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'],
-            target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'], **overrides))
-        save_file({peft_name(name): p.detach() for name, p in self.named_parameters() if 'lora.' in name},
-                  folder / 'adapter_model.safetensors')
+    check('temperature', temperature, 0, 1e9)
+    check('top_k', top_k, 1, math.inf)
+    check('top_p', top_p, 1e-9, 1)
+    check('min_p', min_p, 0, 1)
+    check('the length of the prompt', idx.size(1), 1, math.inf)
+    check('the length of the prompt plus max_new_tokens', length, 1, config.max_position_embeddings)
+    good = 0 <= idx.min() and idx.max() < config.vocab_size
+    require(good, 'the prompt has tokens outside of vocab_size; check the tokenizer')
 
 
 def draw(logits, temperature, top_k, top_p, min_p):
@@ -731,219 +505,704 @@ def draw(logits, temperature, top_k, top_p, min_p):
         return logits.argmax(-1, keepdim=True)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0
     if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
     if min_p:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
     if top_p is not None and top_p < 1:
         p, token = logits.softmax(-1).sort(dim=-1, descending=True)
         dropped = p.cumsum(-1) - p >= top_p  # the tokens before this one already reach top_p
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, token, dropped), -math.inf)
+        dropped = torch.zeros_like(dropped).scatter(1, token, dropped)
+        logits = logits.masked_fill(dropped, -math.inf)
     return torch.multinomial(logits.softmax(-1), 1)
 
 
+# =============================================================================
+# Part two: what makes it practical
 # -----------------------------------------------------------------------------
-# 4. optimizers
+# 4. fast ways
+
+def fast_attention(q, k, v, sinks, window, dropout):
+    """attention to all visible keys, in memory linear in T. CUDA's flash kernel takes all queries at once and
+    knows windows. Otherwise blocks of queries attend to their own block of keys and to those before, in
+    windows to one."""
+    window = None if window is None or window >= q.size(1) else window
+    flash = can_flash(q) and not dropout
+    if flash and (q.is_cuda or window is None):
+        return FlashAttention.apply(q, k, v, sinks, window)
+    size = max(window, 128) if window else 512
+    keys = k.split(size, dim=1)
+    values = v.split(size, dim=1)
+    outputs = []
+    for i, block in enumerate(q.split(size, dim=1)):
+        first = max(0, i - 1) if window else 0
+        k = torch.cat(keys[first:i + 1], dim=1)
+        v = torch.cat(values[first:i + 1], dim=1)
+        if flash:
+            y = FlashAttention.apply(block, k, v, sinks, window)
+        else:  # fp32 on CUDA, older GPUs, MPS, dropout: backward computes the weights of a block again
+            inputs = block, k, v, sinks, visible_keys(block.size(1), k.size(1), window, q.device), dropout
+            redraws = dropout and q.device.type == 'mps'  # checkpoint does not restore MPS's random numbers
+            y = attention(*inputs) if redraws else checkpoint(attention, *inputs, use_reentrant=False)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
+
+
+def can_flash(q):
+    """Whether PyTorch has a flash kernel for queries like these. CUDA's takes 16 bits, on sm80 or newer."""
+    if not q.is_cuda:
+        return q.device.type == 'cpu'
+    fits = q.dtype != torch.float32 and q.size(-1) % 8 == 0 and q.size(-1) <= 192
+    there = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
+    return fits and there and torch.cuda.get_device_properties(q.device).major >= 8
+
+
+class FlashAttention(torch.autograd.Function):
+    """attention by PyTorch's flash kernels, which know no sinks.
+
+    They also return the logarithms of the softmax's denominators (lse). From these follows the weight that a
+    sink leaves to the keys, by which outputs and their gradients are multiplied. The kernel's backward
+    subtracts the product of the output and its gradient. Given the output with the sink, it computes
+    gradients with the sink."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, window):
+        T, S = q.size(1), k.size(1)
+        ctx.options = dict(scale=q.size(-1) ** -0.5)
+        if q.is_cuda:
+            left = -1 if window is None else window - 1  # keys left of a query's own
+            ctx.options |= dict(window_size_left=left, window_size_right=0)
+            y, lse, *state, _ = torch.ops.aten._flash_attention_forward(
+                q, k, v, None, None, T, S, 0.0, True, False, **ctx.options)
+        else:
+            mask = None
+            if S > T or window is not None and window < S:
+                mask = torch.where(visible_keys(T, S, window, q.device), 0.0, -math.inf).to(q.dtype)
+            ctx.options |= dict(attn_mask=mask)
+            y, lse, *state = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, mask is None, **ctx.options)
+            y = y.transpose(1, 2)
+        kept = torch.sigmoid(lse - sinks.float()[:, None])  # (B, H, T)
+        y = (y * kept.mT[..., None]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, y, lse, *state)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, sinks, y, lse, *state = ctx.saved_tensors
+        # lse must be the kernel's own: the compiler pads strides of what it computes, which the kernel
+        # ignores
+        kept = torch.sigmoid(lse - sinks.float()[:, None])
+        dsinks = -((1 - kept) * (dy.float() * y.float()).sum(-1).mT).sum((0, 2))
+        dy = (dy * kept.mT[..., None]).to(dy.dtype)
+        if q.is_cuda:
+            gradients = torch.ops.aten._flash_attention_backward(
+                dy, q, k, v, y, lse, None, None, q.size(1), k.size(1), 0.0, True, *state, **ctx.options)
+        else:
+            causal = ctx.options['attn_mask'] is None
+            dy, q, k, v, y = (x.transpose(1, 2) for x in (dy, q, k, v, y))
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dy, q, k, v, y, lse, 0.0, causal, **ctx.options)
+            gradients = [x.transpose(1, 2) for x in gradients]
+        return *gradients, dsinks.to(sinks.dtype), None
+
+
+def fast_experts(experts, x, chosen, router_weights):
+    """Experts.forward, in one of three ways: gathered, grouped or looped."""
+    k = chosen.size(1)
+    if can_gather(experts, x):
+        y = gather_experts(experts, x, chosen)
+    elif len(x) == 1 and not experts.training:  # a decoded token: nothing to sort
+        y = loop_experts(experts, x.expand(k, -1), chosen[0], torch.ones_like(chosen[0]))[None]
+    else:
+        order = chosen.flatten().argsort(stable=True)  # the pairs of a row and an expert, sorted by expert
+        which = torch.arange(len(experts.down_proj_bias), device=x.device)
+        counts = (chosen.flatten()[:, None] == which).sum(0)
+        if x.is_cuda:
+            place = move_rows(torch.arange(len(order), device=x.device), order)  # of each pair in this order
+            rows = move_rows(x.repeat_interleave(k, dim=0), place)
+        else:
+            rows = x.index_select(0, order // k)
+        grouped = can_group(experts, rows)
+        y = group_experts(experts, rows, counts) if grouped else loop_experts(experts, rows, which, counts)
+        y = move_rows(y, order).unflatten(0, (-1, k))
+    return (y * router_weights[..., None]).sum(1)
+
+
+def move_rows(x, place):
+    """Move row i of x to row place[i]. Its backward reads rows; that of indexing adds them, on CUDA by
+    atomics."""
+    return torch.empty_like(x).index_copy_(0, place, x)
+
+
+def can_gather(experts, x):
+    """Whether this is decoding on a GPU or compiled, where nothing should wait for the numbers of rows."""
+    few = len(x) <= 8 and not experts.training and not isinstance(experts, LoRAExperts)
+    return few and (x.is_cuda or torch.compiler.is_compiling())
+
+
+def gather_experts(experts, x, chosen):
+    """Rows x (N, D), each with k matrices of its own -> (N, k, D). Compiled, it reads these matrices once."""
+    def linear(x, name):  # x (N, k, in) -> (N, k, out)
+        matrices = getattr(experts, name)[chosen].to(x.dtype)  # (N, k, in, out)
+        return (x[..., None] * matrices).sum(2) + getattr(experts, name + '_bias')[chosen].to(x.dtype)
+
+    h = swiglu(linear(x[:, None], 'gate_up_proj'), experts.limit)
+    return linear(h, 'down_proj')
+
+
+def can_group(experts, rows):
+    """Whether F.grouped_mm is the fastest: on CUDA in bf16, on CPUs for few rows in fp32."""
+    if isinstance(experts, LoRAExperts) or isinstance(experts.gate_up_proj, MXFP4):
+        return False
+    _, I, D = experts.down_proj.shape
+    few = len(rows) * 2 * I <= 2 ** 20 and not torch.compiler.is_compiling()  # it compiles bf16 alone
+    fast = rows.dtype == torch.bfloat16 if rows.is_cuda else rows.dtype == torch.float32 and few
+    return fast and rows.device.type != 'mps' and D % 8 == I % 8 == 0
+
+
+def group_experts(experts, rows, counts):
+    """Rows (M, D), sorted by expert, through their experts -> (M, D). counts (E,): the rows of each expert.
+
+    It is one kernel on sm90 and sm100. On other GPUs PyTorch loops over the experts, and waits for the host.
+    """
+    ends = counts.cumsum(0)
+    row = torch.arange(len(rows), device=rows.device)[:, None]
+    member = ((ends - counts <= row) & (row < ends)).to(rows.dtype)  # (M, E): 1 where a row has this expert
+    sm100 = rows.is_cuda and torch.cuda.get_device_properties(rows.device).major == 10
+
+    def linear(x, matrices, biases):
+        if sm100:  # there gradients of experts without rows are garbage (pytorch/pytorch#172439)
+            matrices = torch.where((counts > 0)[:, None, None], matrices, 0)
+        y = F.grouped_mm(x, matrices.to(x.dtype), offs=ends.to(torch.int32))
+        return torch.addmm(y, member, biases.to(x.dtype))  # biases[expert] would add its gradients by atomics
+
+    h = linear(rows, experts.gate_up_proj, experts.gate_up_proj_bias)
+    return linear(swiglu(h, experts.limit), experts.down_proj, experts.down_proj_bias)
+
+
+@torch._disable_dynamo  # numbers of rows are data. torch.compiler.disable is the same, but slow to import
+def loop_experts(experts, rows, which, counts):
+    """Groups of rows (M, D), counts (G,) of them, through the experts which (G,), one by one -> (M, D)."""
+    stacks = {}
+    if torch.is_grad_enabled() and not isinstance(experts, LoRAExperts):
+        stacks = {name: p.unbind() for name, p in experts.named_parameters(recurse=False)}
+
+    def linear(name, x, e):
+        if name not in stacks:
+            return experts.linear(name, x, e)
+        # the same; the backward of unbind is much faster than that of indexing
+        return torch.addmm(stacks[name + '_bias'][e].to(x.dtype), x, stacks[name][e].to(x.dtype))
+
+    outputs = []
+    for e, x in zip(which.tolist(), rows.split(counts.tolist())):
+        n = len(x)
+        if n > 32 and x.dtype != torch.float32 and not x.is_cuda:
+            x = F.pad(x, (0, 0, 0, -n % 256))  # CPUs compile a 16-bit kernel for each number of rows, in 3 ms
+        if n > 0:
+            h = swiglu(linear('gate_up_proj', x, e), experts.limit)
+            outputs.append(linear('down_proj', h, e)[:n])
+    return torch.cat(outputs)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of x @ weight.T, in nats. x (N, D), weight (V, D), targets (N,) -> fp32
+    scalar.
+
+    Forward computes logits and gradients chunk by chunk, so that all (N, V) logits never exist. Target -1 is
+    ignored. F.linear_cross_entropy exists from torch 2.13 on only, and the compiler cannot look into it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, needs_grad):
+        w = weight.to(x.dtype)
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx = []
+        dw = None
+        if needs_grad and weight.requires_grad:
+            dw = torch.zeros_like(weight, dtype=torch.float32)
+        rows = 2 ** 24 // len(w)  # 2^24 logits in fp32 are 64 MB
+        if x.is_cuda:  # which is faster with more, and with multiples of 64
+            rows = 2 ** 27 // len(w) // 64 * 64
+        for xc, tc in zip(x.split(max(64, rows)), targets.split(max(64, rows))):
+            logits = (xc @ w.T).float()
+            valid = (tc >= 0)[:, None]
+            tc = tc.clamp(min=0)[:, None]
+            lse = logits.logsumexp(-1, keepdim=True)
+            nats = torch.where(valid, lse - logits.gather(1, tc), 0)
+            loss = loss + nats.sum()  # torch 2.11 compiles += to 0
+            if needs_grad:  # d loss / d logits = softmax - one_hot; rounded first, so that no fp32 is stored
+                grad = logits.sub_(lse).exp_().mul_(valid).to(x.dtype)
+                grad = grad.scatter_(1, tc, torch.expm1(-nats).to(x.dtype))  # nats is 0 where ignored
+                dx.append(grad @ w)
+            if dw is not None and grad.dtype == dw.dtype:
+                dw = dw.addmm_(grad.T, xc)
+            elif dw is not None:
+                dw = dw.add_(grad.T @ xc)
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(dx), dw)
+            ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        if dw is not None:
+            dw = (dw * grad).to(ctx.dtype)
+        return dx * grad.to(dx.dtype), dw, None, None
+
+
+def compile_step(step, caches, cuda):
+    """GPT.next_logits as one graph, which serves every token."""
+    for cache in caches:
+        for tensor in vars(cache).values():
+            torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs change no other inputs
+    return torch.compile(step, mode='reduce-overhead' if cuda else None)
+
+
+# -----------------------------------------------------------------------------
+# 5. optimizers
+
+def configure_optimizers(model, learning_rate, muon_lr, betas, weight_decay, mesh=None):
+    """[AdamW, Muon]. Muon moves the matrices of the layers, with momentum betas[0]. AdamW moves the rest, or
+    everything if muon_lr is 0. Only matrices decay. mesh: the processes of DDP, which share Muon's work."""
+    decayed, rest, hidden = [], [], {}
+    for name, p in model.named_parameters():
+        matrix = p.dim() >= 2 and not name.endswith('bias')  # the biases of the experts are 2-D too
+        if not p.requires_grad:
+            continue
+        if matrix and muon_lr and '.layers.' in name and 'lora.' not in name:
+            pieces = 2 if name.endswith('gate_up_proj') else 1  # a gate and an up
+            hidden.setdefault((p.shape, pieces), []).append(p)
+        else:
+            (decayed if matrix else rest).append(p)
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if hidden:
+        groups = [dict(params=params, pieces=pieces) for (_, pieces), params in hidden.items()]
+        optimizers.append(Muon(groups, muon_lr, betas[0], weight_decay, mesh))
+    return optimizers
+
 
 class Muon(torch.optim.Optimizer):
-    """Muon: orthogonalized momentum (kellerjordan.github.io/posts/muon). torch.optim.Muon takes 2-D parameters only.
-    Here the parameters of a group have one shape (..., m, n), and each matrix has `pieces` parts (gate and up). They
-    move every `interval` steps, `interval` times as far."""
+    """Muon: orthogonalized momentum (kellerjordan.github.io/posts/muon). torch.optim.Muon takes 2-D
+    parameters.
 
-    def __init__(self, groups, lr, momentum, weight_decay, interval):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, interval=interval, pieces=1))
+    The parameters of a group have one shape: (out, in) of a Linear, or (E, in, out) of experts, where
+    `pieces` matrices (gate and up) take turns in the last dimension. Processes divide the matrices among
+    them: those of mesh, which hold the same parameters, or those over which FSDP2 has sharded the
+    parameters."""
+
+    def __init__(self, groups, lr, momentum, weight_decay, mesh=None):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))
+        self.mesh = mesh
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
-            chunk = max(1, 2 ** 28 // params[0].numel()) if params else 1  # bounds the memory of the update
-            for i in range(0, len(params), chunk):
-                self.move(params[i:i + chunk], **{key: group[key] for key in self.defaults})
+            together = max(1, 2 ** 28 // group['params'][0].numel())  # bounds the memory of the update
+            for i in range(0, len(params), together):
+                self.move(params[i:i + together], group)
 
-    def move(self, params, lr, momentum, weight_decay, interval, pieces):
-        """Update parameters of one shape. Processes that share matrices each get some of them whole."""
+    def move(self, params, group):
+        """Update parameters of one shape."""
+        averages = self.average_gradients(params, group['momentum'])
+        matrices = averages.flatten(0, -3).to(torch.bfloat16 if averages.is_cuda else torch.float32)
+        matrices = orthogonalize_divided(matrices, params[0], self.mesh, group['pieces'])
+        rows, columns = params[0].shape[-2:]
+        tall = rows / columns  # out / in
+        if params[0].dim() == 3:
+            tall = columns / group['pieces'] / rows
+        moves = matrices.to(averages.dtype) * group['lr'] * max(1, tall) ** 0.5
+        weights = [take_local(p) for p in params]
+        torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_sub_(weights, moves.view_as(averages).unbind())
+
+    def average_gradients(self, params, momentum):
+        """Add the gradients to their running averages. Nesterov's momentum of each, stacked (P, ..., m, n).
+        """
         for p in params:
             if not self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
-            if interval > 1:
-                self.state[p]['step'] = self.state[p].get('step', torch.zeros(())) + 1
-        first, grads, buffers = params[0], [p.grad for p in params], [self.state[p]['momentum'] for p in params]
-        dim = 0  # how FSDP2 divides matrices (M, m, n): into whole ones, rows or columns
-        if hasattr(first, 'to_local'):  # a DTensor
-            dim, group = max(0, first.placements[-1].dim + 3 - first.dim()), first.device_mesh.get_group(-1)
-            params, grads, buffers = ([t.to_local() for t in tensors] for tensors in (params, grads, buffers))
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        if interval > 1 and self.state[first]['step'] % interval:
-            return
-        update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's momentum
-        matrices, dtype = update.flatten(0, -3), torch.bfloat16 if update.is_cuda else torch.float32
-        shape = matrices.shape
-        if dim > 0:
-            matrices = exchange(matrices.to(dtype), dim, 0, first.size(dim - 3), group)
-        scale = interval * lr * max(1, matrices.size(1) / pieces / matrices.size(2)) ** 0.5
-        moved = orthogonalize(matrices.unflatten(1, (pieces, -1)).flatten(0, 1), dtype).reshape(matrices.shape)
-        if dim > 0:
-            moved = exchange(moved, 0, dim, shape[0], group).narrow(dim, 0, shape[dim]).to(update.dtype)
-        torch._foreach_mul_(params, 1 - interval * lr * weight_decay)
-        torch._foreach_sub_(params, moved.mul_(scale).view_as(update).unbind())
+        gradients = [take_local(p.grad) for p in params]
+        averages = [take_local(self.state[p]['momentum']) for p in params]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return torch.stack(torch._foreach_lerp(gradients, averages, momentum))
 
 
-def exchange(x, old, new, size, group):
-    """Divide a tensor, of which each process of a group has a part x, along dimension `new` instead of `old`, where the
-    whole has `size`. What does not divide evenly is padded with zeros, along `new` in the result too."""
-    n = group.size()
-    for dim, missing in ((old, -(-size // n) - x.size(old)), (new, -x.size(new) % n)):
-        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
-    sent = torch.stack(x.chunk(n, new))
-    received = torch.empty_like(sent)
-    torch.distributed.all_to_all_single(received, sent, group=group)
-    return torch.cat(received.unbind(), old).narrow(old, 0, size)
+def take_local(tensor):
+    """This process's part of a DTensor. Other tensors stay as they are."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
-def orthogonalize(x, dtype):
-    """Roughly the nearest orthogonal matrices to x (batch, m, n), by three Newton-Schulz iterations with the
-    coefficients of Polar Express (arXiv:2505.16932). Singular values end between 0.18 and 1.9, which suffices."""
-    tall = x.size(1) > x.size(2)
-    y = (x.mT if tall else x).to(dtype)
+def orthogonalize_divided(matrices, param, mesh, pieces):
+    """orthogonalize matrices (M, m, n) of parameters like param, each on one of the processes that share
+    them."""
+    if hasattr(param, 'placements'):
+        mesh = param.device_mesh
+    if mesh is None:
+        return orthogonalize(matrices, pieces)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    parts = [Replicate()]
+    if hasattr(param, 'placements'):  # dimension 0 of a 2-D parameter is 1 in matrices
+        parts = [Shard(p.dim + 3 - param.dim()) if p.is_shard() else p for p in param.placements]
+    whole = [*parts[:-1], Shard(0)]
+    if parts == whole:  # FSDP2 sharded the experts: each process has whole matrices
+        return orthogonalize(matrices, pieces)
+    shape = torch.Size((len(matrices), *param.shape[-2:]))
+    layout = dict(shape=shape, stride=(shape[1] * shape[2], shape[2], 1), run_check=False)
+    mine = DTensor.from_local(matrices, mesh, parts, **layout).redistribute(placements=whole).to_local()
+    mine = orthogonalize(mine, pieces)
+    return DTensor.from_local(mine, mesh, whole, **layout).redistribute(placements=parts).to_local()
+
+
+def orthogonalize(x, pieces=1):
+    """Roughly the nearest orthogonal matrices to x (M, m, n), or to `pieces` that take turns in the last
+    dimension. Three Newton-Schulz iterations with the coefficients of Polar Express (arXiv:2505.16932) bring
+    the singular values to between 0.18 and 1.9. More exact values train no better."""
+    y = x.unflatten(-1, (-1, pieces)).movedim(-1, 1).flatten(0, 1)  # (M * pieces, m, n / pieces)
+    tall = y.size(1) > y.size(2)
+    y = y.mT if tall else y
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in ((8.1247, -22.2349, 15.6695), (4.0265, -2.7778, 0.4935), (3.8713, -2.7411, 0.4998)):
         gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.mT if tall else y).to(x.dtype)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        y = torch.baddbmm(y, polynomial, y, beta=a)
+    y = y.mT if tall else y
+    return y.unflatten(0, (-1, pieces)).movedim(1, -1).flatten(2)
 
 
 # -----------------------------------------------------------------------------
-# 5. checkpoints
+# 6. checkpoints
 
-class LoRA(nn.Module):
-    """A low-rank adapter, scale * B A, of a matrix (out, in) or of each of a stack (E, out, in). arXiv:2106.09685.
-
-    The tensors are PEFT's: lora_A.weight (E * r, in), expert by expert; lora_B.weight (out, r * E), where the expert
-    runs fastest. interleaved: the rows of B are a gate and an up in turn, as in the published gate_up_proj.
-    """
-
-    def __init__(self, shape, rank, scale, interleaved):
-        super().__init__()
-        self.experts, rows, columns = (1, *shape)[-3:]
-        self.lora_A = Linear(columns, self.experts * rank, bias=False)
-        self.lora_B = Linear(self.experts * rank, rows, bias=False)
-        nn.init.zeros_(self.lora_B.weight)
-        self.scale, self.interleaved = scale, interleaved
-
-    def forward(self, x, expert=0):
-        a = self.lora_A.weight.unflatten(0, (self.experts, -1))[expert]
-        b = self.lora_B.weight.unflatten(1, (-1, self.experts))[..., expert]
-        b = torch.cat((b[0::2], b[1::2])) if self.interleaved else b
-        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scale
+STACKS = 'gate_up_proj', 'down_proj'  # the matrices of the experts, which alone can be MXFP4
 
 
-def peft_name(name):  # PEFT wraps the experts twice: for gate_up_proj inside, in base_layer, and for down_proj outside
-    name = name.replace('gate_up_lora.', 'base_layer.').replace('down_lora.', '').replace('.lora.', '.')
-    return f'base_model.model.{name}'
+def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None, **overrides):
+    """Load a folder or a Hugging Face hub id: a model, or adapters and the model that they name.
 
-
-def load_adapter(cls, folder, dtype, device, experts, overrides):
-    """Load the base model that adapter_config.json names, then its adapters. Those that the file lacks stay zero."""
-    raw, usual = read_json(folder / 'adapter_config.json'), dict(peft_type='LORA', bias='none', init_lora_weights=True)
-    harmless = ('auto_mapping base_model_name_or_path exclude_modules inference_mode layers_to_transform lora_alpha '
-                'lora_dropout megatron_core overrides peft_version qalora_group_size r revision target_modules '
-                'target_parameters task_type')
-    try:
-        for key in raw.keys() - harmless.split():
-            if raw[key] not in (usual.get(key), 'gaussian', None, False, [], {}):
-                raise ValueError(f'{key} is {raw[key]!r:.99}, an option of PEFT that is not supported')
-        overrides = raw.get('overrides', {}) | overrides
-        model = cls.from_pretrained(raw['base_model_name_or_path'], dtype, device, experts, **overrides)
-        model.add_lora(raw['r'], raw['lora_alpha'])
-        ours = {peft_name(name): name for name, _ in model.named_parameters() if 'lora.' in name}
-        if not any('down_proj' in name for name in raw.get('target_parameters') or ()):  # then PEFT wraps once
-            ours |= {theirs.replace('base_layer.', ''): name for theirs, name in ours.items() if 'base_layer' in theirs}
-        with open_file(folder / 'adapter_model.safetensors') as file:
-            found = {ours[name]: file.get_tensor(name) for name in file.keys()}
-        a, b = ({name.replace(part, '') for name in found if part in name} for part in ('lora_A', 'lora_B'))
-        if a != b or not found:
-            raise ValueError('its file lacks lora_A or lora_B of an adapter')
-        model.load_state_dict(found, strict=False)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {error})') from error
+    experts='mxfp4' keeps the matrices of the experts at four bits a value; they do not train. overrides
+    replace fields of GPTConfig. Raises ValueError, which names the tensors that do not fit."""
+    require(experts in (None, 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or None')
+    folder = find_checkpoint(path)
+    if (folder / 'adapter_config.json').is_file():
+        return load_adapters(cls, folder, dtype, device, experts, overrides)
+    config, _ = read_shape(folder, **overrides)
+    overflows = dtype == torch.float16 and config.hidden_size == 2880
+    require(not overflows, "gpt-oss's activations exceed the range of float16; use bfloat16 or float32")
+    with torch.device('meta'):
+        model = cls(config)
+    load_weights(model, folder, dtype, device, experts)
+    model.base = str(path), overrides
     return model
 
 
+def load_weights(model, folder, dtype, device, expert_format):
+    """Give a model on the meta device the tensors of a folder. Raises ValueError."""
+    missing = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = []
+    weights = {}
+    for name, tensor in read_tensors(folder):
+        expected = missing.pop(name, 'no such tensor')
+        if tuple(tensor.shape) != expected:
+            wrong.append(f'{name} is {tuple(tensor.shape)}, expected {expected}')
+        elif expert_format and name.endswith(STACKS):
+            module, _, leaf = name.rpartition('.')
+            delattr(model.get_submodule(module), leaf)
+            setattr(model.get_submodule(module), leaf, MXFP4.pack(tensor).to(device))
+        else:
+            tensor = tensor.to(device).unpack() if isinstance(tensor, MXFP4) else tensor
+            weights[name] = tensor.to(device, dtype, copy=True)  # safetensors gives a view of the file
+    wrong += [f'{name} is missing' for name in missing]
+    require(not wrong, f'{folder} does not fit its config: {"; ".join(wrong[:10])} ({len(wrong)} in all)')
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.reset_counters(device)
+
+
+def save_pretrained(model, path, dtype=None, experts=None, shard_size=5e9, weights=None):
+    """Write config.json and safetensors that transformers' GptOssForCausalLM loads.
+
+    dtype None keeps that of the parameters. experts='mxfp4' writes the matrices of the experts at four bits
+    a value. A model larger than shard_size bytes gets one file for each layer. weights, a state_dict, are
+    written in place of the model's own. The new files replace the folder's old ones after all are written."""
+    require(experts in (None, 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or None')
+    require(not model.lora, 'the model has adapters: merge_lora first, or save_adapter to save them alone')
+    folder = Path(path)
+    dtype = dtype or model.lm_head.weight.dtype
+    tensors = stored_tensors(model)
+    shards = {}
+    packed = any(isinstance(tensor, MXFP4) for tensor in tensors.values())
+    require(not (weights and packed), 'weights cannot replace packed experts')
+    large = model.num_parameters() * dtype.itemsize > shard_size
+    for name in tensors:
+        shard = name.split('.')[2] if large and '.layers.' in name else 'rest'
+        shards.setdefault(shard, {})[name] = weights[name] if weights else tensors[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary)
+        write_config(model.config, new, dtype, experts)
+        write_shards(list(shards.values()), new, dtype, experts)
+        for old in (*folder.glob('model*.safetensors*'), *folder.glob('adapter_*')):
+            old.unlink()
+        for file in new.iterdir():
+            file.replace(folder / file.name)
+
+
+def write_shards(shards, folder, dtype, expert_format):
+    """Write {name: tensor or MXFP4} to a file for each shard, and an index if there are several."""
+    index = dict(metadata=dict(total_size=0), weight_map={})
+    for i, shard in enumerate(shards, 1):
+        file = f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
+        tensors = {}
+        for name, tensor in shard.items():
+            if expert_format and name.endswith(STACKS):
+                packed = MXFP4.pack(tensor)
+                tensors |= {f'{name}_blocks': packed.blocks, f'{name}_scales': packed.scales}
+            else:
+                tensor = tensor.unpack() if isinstance(tensor, MXFP4) else tensor.detach()
+                tensors[name] = tensor.to(dtype).contiguous()
+        save_file(tensors, folder / file)
+        index['metadata']['total_size'] += sum(tensor.nbytes for tensor in tensors.values())
+        index['weight_map'] |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        write_json(folder / 'model.safetensors.index.json', index)
+
+
+def stored_tensors(model):
+    """What a checkpoint holds, by name: parameters, and an MXFP4 for each packed stack, without adapters."""
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, MXFP4)}
+    return {name: p for name, p in model.named_parameters() if 'lora.' not in name} | packed
+
+
+def num_parameters(model, active=False):
+    """The number of all parameters, or of those that one token uses."""
+    E, k = model.config.num_local_experts, model.config.num_experts_per_tok
+    total = 0
+    for name, tensor in stored_tensors(model).items():
+        size = tensor.shape.numel()
+        total += size * k // E if active and '.experts.' in name else size
+    return total
+
+
+def flops_per_token(model, T):
+    """Training FLOPs of an average token among T: 6 for each active parameter but the embedding's, and
+    attention's."""
+    c = model.config
+    keys = 0  # that a token sees on average, summed over the layers
+    for layer_type in c.layer_types:
+        window = min(T, c.sliding_window) if layer_type == SLIDING else T
+        keys += window - window * (window - 1) / (2 * T)
+    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    active = model.num_parameters(active=True) - embedding
+    return 6 * active + 12 * c.num_attention_heads * c.head_dim * keys
+
+
+def read_tensors(folder):
+    """Yield (name, tensor) for the tensors of a folder, and one MXFP4 for each pair of blocks and scales."""
+    files = locate_tensors(folder)
+
+    def read(name):
+        require(name in files, f'{folder} has no {name}')
+        with open_file(files[name]) as file:  # anew, because an open file keeps in memory what was read
+            require(name in file.keys(), f'{files[name]} has no {name}')
+            return file.get_tensor(name)
+
+    for name in files:
+        if name.endswith('_blocks'):
+            stack = name.removesuffix('_blocks')
+            yield stack, MXFP4(read(name), read(f'{stack}_scales'))
+        elif not name.endswith('_scales'):
+            yield name, read(name)
+
+
+def locate_tensors(folder):
+    """{name: file} of model.safetensors, or of the index of shards, where there is one. Other files, such as
+    shards of an older save, are not read."""
+    single = folder / 'model.safetensors'
+    index = folder / 'model.safetensors.index.json'
+    weight_map = {}
+    if index.is_file():
+        weight_map = read_json(index).get('weight_map')
+        require(isinstance(weight_map, dict), f'{index} has no weight_map')
+    there = [isinstance(file, str) and Path(file).name == file and (folder / file).is_file()
+             for file in weight_map.values()]
+    if single.is_file() or not index.is_file():
+        require(not any(there), f'{folder} holds two models, {single.name} and indexed shards; remove one')
+        with open_file(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    require(all(there), f'{index} names files that are not in its folder; download them, or remove the index')
+    return {name: folder / file for name, file in weight_map.items()}
+
+
+class MXFP4(nn.Module):
+    """A frozen stack of matrices (E, in, out) at four bits a value. [e] is one of them in bf16, exactly.
+
+    The tensors are the published ones, transposed. blocks uint8 (E, out, in / 32, 16): two values a byte,
+    the even one in the low nibble. scales uint8 (E, out, in / 32): exponents of two, biased by 127, of 32
+    values each. OCP Microscaling Formats v1.0."""
+
+    def __init__(self, blocks, scales):
+        super().__init__()
+        good = blocks.dim() == 4 and blocks.shape[:-1] == scales.shape and blocks.size(-1) == 16
+        require(good, f'blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} are not MXFP4')
+        self.register_buffer('blocks', blocks)
+        self.register_buffer('scales', scales)
+        self.shape = torch.Size((blocks.size(0), blocks.size(2) * 32, blocks.size(1)))
+
+    def __getitem__(self, e):
+        # A code is sign, two bits of exponent, one of mantissa. At bits 15, 10 to 11 and 9 these are an fp16
+        # that is 2^14 times too small. Such arithmetic takes a third of the time of a table in compiled
+        # decoding.
+        # the low nibble is shifted by 12, the high one by 8
+        shifts = torch.arange(12, 7, -4, dtype=torch.int16, device=self.blocks.device)
+        bits = self.blocks[e].short()[..., None] << shifts >> 3 & -0x7200  # the mask is 0x8e00
+        values = bits.flatten(-2).view(torch.float16).bfloat16() * 2 ** 13
+        # the exponent's bits of an fp32; one more keeps 2^-127 from being subnormal, and leaves 2^13
+        scales = (self.scales[e].int() + 1 << 23).view(torch.float32).bfloat16()
+        return (values * scales[..., None]).flatten(-2).mT
+
+    def unpack(self):
+        """The whole stack in bf16."""
+        return torch.stack([self[e] for e in range(len(self.blocks))])
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, stack):
+        """Quantize a stack (E, in, out) to the nearest values, half-way to the even code. Raises ValueError.
+
+        The scale brings the largest of 32 values to between 3.625 and 7.25: up to there, clamping it to 6
+        costs less than a coarser grid for the others."""
+        if isinstance(stack, MXFP4):
+            return stack
+        width = stack.size(1)
+        require(width % 32 == 0, f'MXFP4 takes widths in multiples of 32; the experts have {width}')
+        require(stack.isfinite().all(), 'there are weights that are not finite, which MXFP4 cannot hold')
+        limits = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], device=stack.device)
+        # bucketize puts a tie into the lower bin; every second one belongs into the upper, whose code is even
+        limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))
+        blocks = []
+        scales = []
+        for matrix in stack:  # one at a time, because this takes several times its memory
+            x = matrix.mT.float().contiguous().unflatten(-1, (-1, 32))
+            mantissa, exponent = x.abs().amax(-1, keepdim=True).frexp()
+            exponent = (exponent - 3 + (mantissa > 7.25 / 8)).clamp(-127, 127)
+            codes = torch.bucketize(torch.ldexp(x.abs(), -exponent), limits) | x.signbit().int() << 3
+            blocks.append((codes[..., 0::2] | codes[..., 1::2] << 4).byte())
+            scales.append((exponent + 127)[..., 0].byte())
+        return cls(torch.stack(blocks), torch.stack(scales))
+
+
 def find_checkpoint(path):
-    """The folder with (adapter_)config.json: path, its original/, or a download by hub id. Raises ValueError."""
-    for file in (Path(path, 'adapter_config.json'), Path(path, 'config.json'), Path(path, 'original', 'config.json')):
-        if os.path.isfile(file):  # Path.is_file raises OSError for names that are too long
-            return file.parent
-    if os.path.exists(path) or str(path).count('/') != 1:
-        old = '; the version that wrote its adapter.json can --export it' if Path(path, 'adapter.json').exists() else ''
-        raise ValueError(f'{str(path):.200} has no config.json, and it is no hub id such as openai/gpt-oss-20b{old}')
+    """The folder with config.json or adapter_config.json: path, or a download by hub id. Raises ValueError.
+    """
+    for name in ('adapter_config.json', 'config.json'):
+        if os.path.isfile(Path(path, name)):  # Path.is_file raises OSError for names that are too long
+            return Path(path)
+    original = os.path.isfile(Path(path, 'original', 'config.json'))
+    require(not original, f"{path} has only OpenAI's original/; the hub has the same weights at its root")
+    is_id = str(path).count('/') == 1 and not os.path.exists(path)
+    require(is_id, f'{str(path):.200} has no config.json, and it is no hub id such as openai/gpt-oss-20b')
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path), allow_patterns=['*.json', 'model*', 'adapter*', 'tokenizer.tiktoken']))
+        patterns = ['*.json', 'model*', 'adapter*', 'tokenizer.tiktoken']
+        return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=['*/*']))
     except Exception as error:  # the hub's client raises many types
         raise ValueError(f'{path} is no folder, and the download failed ({type(error).__name__})') from error
+
+
+def read_shape(path, **overrides):
+    """(GPTConfig, settings of the adapters or {}) of a checkpoint, without its weights. Raises ValueError."""
+    folder = find_checkpoint(path)
+    if not (folder / 'adapter_config.json').is_file():
+        if 'dropout' in overrides:
+            overrides = dict(attention_dropout=None) | overrides
+        return replace(read_config(folder), **overrides), {}
+    raw = read_json(folder / 'adapter_config.json')
+    try:
+        overrides = raw.get('overrides', {}) | overrides
+        config, _ = read_shape(raw['base_model_name_or_path'], **overrides)
+        return config, dict(lora_rank=int(raw['r']), lora_alpha=float(raw['lora_alpha']))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {str(error):.300})') from error
+
+
+def read_config(folder):
+    """GPTConfig from config.json. Raises ValueError with the path."""
+    path = folder / 'config.json'
+    raw = read_json(path)
+    try:
+        check_config(raw)
+        given = {key: value for key, value in raw.items() if value is not None}
+        if not given.get('output_router_logits'):  # published coefficients, gpt-oss's 0.9, are not in use
+            given['router_aux_loss_coef'] = given.get('training_router_aux_loss_coef', 0.0)
+        if raw.get('sliding_window', 0) is None:  # null: no window
+            given['layer_types'] = [FULL] * given['num_hidden_layers']
+        given |= read_rope(given)
+        names = {field.name for field in fields(GPTConfig)}
+        return GPTConfig(**{name: given[name] for name in names & given.keys()})
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise ValueError(f'{path}: {type(error).__name__}: {str(error):.300}') from error
+
+
+def check_config(raw):
+    """Raise ValueError for a config.json of another architecture, or where a size would be a silent guess."""
+    original = 'num_experts' in raw and 'num_local_experts' not in raw
+    require(not original, "it is of OpenAI's original/; the hub has the same weights at its root")
+    for key, only in (('swiglu_alpha', 1.702), ('attention_bias', True), ('hidden_act', 'silu')):
+        value = raw.get(key, only)
+        require(value in (only, None), f'{key} is {value}; gpt-oss has {only}')
+    for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+                'num_key_value_heads', 'head_dim', 'num_local_experts', 'num_experts_per_tok'):
+        require(raw.get(key) is not None, f'it has no {key}')
+
+
+def read_rope(raw):
+    """The rope_ fields of GPTConfig, which config.json nests. Missing ones have transformers' defaults."""
+    rope = raw.get('rope_scaling') or raw.get('rope_parameters')
+    if not rope:
+        return {}
+    found = {f'rope_{key.removeprefix("rope_")}': value for key, value in rope.items() if value is not None}
+    kind = found.get('rope_type', 'default')
+    usual = kind in ('yarn', 'default') and not rope.get('attention_factor') and not rope.get('mscale')
+    require(usual, f'the rope is {rope}; this model has default, and yarn with its usual concentration')
+    found.setdefault('rope_truncate', True)
+    found.setdefault('rope_original_max_position_embeddings', raw.get('max_position_embeddings', 131072))
+    return found | dict(rope_factor=1.0) if kind == 'default' else found
+
+
+def write_config(config, folder, dtype, expert_format):
+    raw = asdict(config)
+    rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
+    raw['rope_theta'] = rope.pop('theta')
+    raw['rope_scaling'] = dict(rope_type='yarn', **rope)
+    raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'], transformers_version='4.55.0')
+    raw |= dict(hidden_act='silu', attention_bias=True, torch_dtype=str(dtype).removeprefix('torch.'))
+    # transformers before 5.16 cannot generate with output_router_logits
+    raw |= dict(output_router_logits=False, training_router_aux_loss_coef=config.router_aux_loss_coef)
+    # Ollama reads two of OpenAI's names
+    raw['experts_per_token'] = config.num_experts_per_tok
+    raw['initial_context_length'] = config.rope_original_max_position_embeddings
+    if expert_format:
+        skipped = ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'model.embed_tokens', 'lm_head']
+        raw['quantization_config'] = dict(quant_method='mxfp4', modules_to_not_convert=skipped)
+    write_json(folder / 'config.json', raw)
 
 
 def read_json(path):
     """The object in a JSON file. Raises ValueError with the path."""
     try:
         found = json.loads(Path(path).read_text(encoding='utf-8'))
-        if isinstance(found, dict):
-            return found
-        raise ValueError(f'it holds a {type(found).__name__}')
+        require(isinstance(found, dict), f'it holds a {type(found).__name__}')
+        return found
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not a JSON object ({type(error).__name__}: {error})') from error
 
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + '\n')
-
-
-def read_config(folder):
-    """GPTConfig from the config.json of Hugging Face (rope nested) or OpenAI (flat, other names). Raises ValueError."""
-    found = read_json(folder / 'config.json')
-    raw = {key: value for key, value in found.items() if value is not None}
-    openai = dict(num_experts='num_local_experts', experts_per_token='num_experts_per_tok',
-                  initial_context_length='rope_original_max_position_embeddings', rope_scaling_factor='rope_factor',
-                  rope_ntk_alpha='rope_beta_slow', rope_ntk_beta='rope_beta_fast')
-    flat = {openai.get(key, key): value for key, value in raw.items()} | raw
-    try:
-        if rope := raw.get('rope_parameters') or raw.get('rope_scaling'):
-            # transformers' defaults for missing keys; gpt-oss's files have all keys
-            context = flat.get('max_position_embeddings', 131072)
-            flat |= dict(rope_truncate=True, rope_original_max_position_embeddings=context)
-            flat |= {f'rope_{key.removeprefix("rope_")}': value for key, value in rope.items() if value is not None}
-            kind = rope.get('rope_type', rope.get('type', 'default'))
-            if kind not in ('yarn', 'default') or rope.get('attention_factor') or rope.get('mscale'):
-                raise ValueError(f'the rope is {rope}; this model has default, and yarn with its usual concentration')
-            if kind == 'default':
-                flat['rope_factor'] = 1.0
-        for key, only in (('swiglu_alpha', 1.702), ('attention_bias', True), ('hidden_act', 'silu')):
-            if raw.get(key, only) != only:
-                raise ValueError(f'{key} is {raw[key]}; gpt-oss has {only}')
-        if not raw.get('output_router_logits'):  # then published coefficients, such as gpt-oss's 0.9, are not in use
-            flat['router_aux_loss_coef'] = raw.get('training_router_aux_loss_coef', 0.0)
-        if found.get('sliding_window', 0) is None:  # null: no window
-            flat['layer_types'] = [FULL] * flat['num_hidden_layers']
-        return GPTConfig(**{field.name: flat[field.name] for field in fields(GPTConfig) if field.name in flat})
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise ValueError(f'{folder / "config.json"}: {str(error):.300}') from error
-
-
-def write_config(config, folder, dtype, experts):
-    raw = asdict(config)
-    rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
-    # transformers before 5.16 cannot generate with output_router_logits; Ollama reads two of OpenAI's names
-    raw |= dict(hidden_act='silu', attention_bias=True, output_router_logits=False, transformers_version='4.55.0',
-                training_router_aux_loss_coef=config.router_aux_loss_coef, rope_theta=rope.pop('theta'),
-                rope_scaling=dict(rope_type='yarn', **rope), experts_per_token=config.num_experts_per_tok,
-                initial_context_length=config.rope_original_max_position_embeddings,
-                torch_dtype=str(dtype).removeprefix('torch.'), model_type='gpt_oss',
-                architectures=['GptOssForCausalLM'])
-    if experts:
-        skipped = ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'model.embed_tokens', 'lm_head']
-        raw['quantization_config'] = dict(quant_method='mxfp4', modules_to_not_convert=skipped)
-    write_json(folder / 'config.json', raw)
 
 
 def save_file(tensors, path):
@@ -969,109 +1228,159 @@ def open_file(path):
         raise ValueError(f'{path} is incomplete or not a safetensors file: {error}') from error
 
 
-# Parts of names: OpenAI's, then the published ones of the experts -> ours. The order matters.
-RENAMES = (('unembedding.', 'lm_head.'), ('embedding.', 'model.embed_tokens.'), ('block.', 'model.layers.'),
-           ('attn.norm.scale', 'input_layernorm.weight'), ('mlp.norm.scale', 'post_attention_layernorm.weight'),
-           ('norm.scale', 'model.norm.weight'), ('.attn.out.', '.self_attn.o_proj.'), ('.attn.', '.self_attn.'),
-           ('mlp.gate.', 'mlp.router.'), ('mlp.mlp1_', 'mlp.experts.gate_up_'), ('mlp.mlp2_', 'mlp.experts.down_'),
-           ('_proj_bias', '_bias'), ('experts.gate_up_proj', 'experts.gate_up_weight'),
-           ('experts.down_proj', 'experts.down_weight'))
+# -----------------------------------------------------------------------------
+# 7. adapters
 
+class LoRA(nn.Module):
+    """A trainable low-rank product beside a frozen matrix, or beside each of E matrices. arXiv:2106.09685.
 
-def read_tensors(folder, config):
-    """Yield (our name, tensor or MXFP4 in our layout) for each tensor in the folder's files. Raises ValueError.
+    The tensors are PEFT's: lora_A.weight (E * rank, in), expert by expert; lora_B.weight (out, rank * E),
+    where the expert runs fastest."""
 
-    The matrices of the experts are (E, out, in) in OpenAI's files and in MXFP4, (E, in, out) in Hugging Face's other
-    files. down_proj is square in gpt-oss, so only the name and the format tell, never the shape.
-    """
-    where = {}
-    for path in sorted(folder.glob('model*.safetensors')):
-        with open_file(path) as file:
-            where |= dict.fromkeys(file.keys(), path)
-
-    def get(name):
-        if name not in where:
-            raise ValueError(f'{folder} has no {name}')
-        with open_file(where[name]) as file:  # for each tensor, because an open file keeps what was read in memory
-            return file.get_tensor(name)
-
-    for theirs in where:
-        if theirs.endswith('scales'):
-            continue  # read with their blocks
-        name, tensor, halves = theirs, get(theirs), lambda x: x
-        for old, new in RENAMES:
-            name = name.replace(old, new)
-        if '.gate_up_' in name:  # theirs are interleaved, ours are all gates, then all ups
-            halves = lambda x: torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
-        if theirs.endswith('blocks'):
-            scales = get(theirs.removesuffix('blocks') + 'scales')
-            yield name[:-len('_blocks')], MXFP4(halves(tensor), halves(scales))
-        elif '.qkv.' in name:
-            queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-            for part, start, size in (('q', 0, queries), ('k', queries, keys), ('v', queries + keys, len(tensor))):
-                yield name.replace('qkv', f'{part}_proj'), tensor[start:start + size]
-        else:
-            yield name, halves(tensor.mT if theirs.endswith(('gate_up_proj', 'down_proj')) else tensor)
-
-
-def published(name, tensor, dtype, experts):
-    """{name: tensor} in Hugging Face's layout: the inverse of read_tensors."""
-    if '.experts.' not in name:
-        return {name: tensor.detach().to(dtype)}
-    in_turn = lambda x: torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2) if '.gate_up_' in name else x
-    theirs = name.replace('_weight', '_proj').replace('_bias', '_proj_bias')
-    if experts and not name.endswith('bias'):
-        packed = tensor if isinstance(tensor, MXFP4) else MXFP4.pack(tensor.detach(), experts)
-        return {f'{theirs}_{part}': in_turn(getattr(packed, part)).contiguous() for part in ('blocks', 'scales')}
-    tensor = in_turn((tensor.dense() if isinstance(tensor, MXFP4) else tensor.detach()).to(dtype))
-    return {theirs: (tensor if name.endswith('bias') else tensor.mT).contiguous()}
-
-
-class MXFP4(nn.Module):
-    """A frozen stack of matrices (E, out, in) at four bits a value. [e] is one of them in bf16, exactly.
-
-    blocks uint8 (E, out, in / 32, 16): two values a byte, the even one in the low nibble.
-    scales uint8 (E, out, in / 32): exponents of two, biased by 127, of 32 values each. OCP Microscaling Formats v1.0.
-    """
-
-    def __init__(self, blocks, scales):
+    def __init__(self, experts, columns, rows, rank, scale):
         super().__init__()
-        if blocks.dim() != 4 or blocks.shape[:-1] != scales.shape or blocks.size(-1) != 16:
-            raise ValueError(f'blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} are not MXFP4')
-        self.register_buffer('blocks', blocks)
-        self.register_buffer('scales', scales)
-        self.shape = torch.Size((*blocks.shape[:2], blocks.size(2) * 32))
+        self.lora_A = Linear(columns, experts * rank, bias=False)
+        self.lora_B = Linear(experts * rank, rows, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.count = experts
+        self.scale = scale
 
-    def __getitem__(self, e):
-        # A code is sign, two bits of exponent, one of mantissa. At bits 15, 10 to 11 and 9 these are an fp16 that is
-        # 2^14 times too small. Such arithmetic takes a third of the time of a table in compiled decoding.
-        shifts = torch.arange(12, 7, -4, dtype=torch.int16, device=self.blocks.device)  # for low and high nibble
-        bits = (self.blocks[e].short()[..., None] << shifts >> 3 & -0x7200).flatten(-2)  # the mask is 0x8e00
-        # the exponent's bits of an fp32; one more keeps 2^-127 from being subnormal, and leaves 2^13
-        scales = (self.scales[e].int() + 1 << 23).view(torch.float32).bfloat16()
-        return (bits.view(torch.float16).bfloat16() * 2 ** 13 * scales[..., None]).flatten(-2)
+    def forward(self, x, e=0):
+        a = self.lora_A.weight.unflatten(0, (self.count, -1))[e]
+        b = self.lora_B.weight.unflatten(1, (-1, self.count))[..., e]
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scale
 
-    def dense(self):
-        """The whole stack in bf16."""
-        return torch.stack([self[e] for e in range(len(self.blocks))])
+    def product(self, e=0):
+        """What it adds to matrix e, (in, out)."""
+        return self(torch.eye(self.lora_A.in_features, device=self.lora_A.weight.device), e)
 
-    @classmethod
-    def pack(cls, stack, experts='mxfp4'):
-        """Quantize a stack (E, out, in) to the nearest values, half-way to the even code. The scale brings the largest
-        of 32 values to between 3.625 and 7.25: up to there, clamping it to 6 costs less than a coarser grid for the
-        others. Raises ValueError."""
-        if experts != 'mxfp4' or stack.size(-1) % 32:
-            raise ValueError(f'experts={experts!r}, rows of {stack.size(-1)}; it must be mxfp4, with a multiple of 32')
-        if not stack.isfinite().all():
-            raise ValueError('there are weights that are not finite, which MXFP4 cannot hold')
-        limits = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], device=stack.device)
-        # bucketize puts a tie into the lower bin; every second one belongs into the upper, whose code is even
-        limits[1::2] = limits[1::2].nextafter(limits.new_zeros(()))
-        packed = []
-        for matrix in stack:  # one at a time, because this takes several times its memory
-            x = matrix.float().contiguous().unflatten(-1, (-1, 32))
-            mantissa, exponent = x.abs().amax(-1, keepdim=True).frexp()
-            exponent = (exponent - 3 + (mantissa > 7.25 / 8)).clamp(-127, 127)
-            codes = torch.bucketize(torch.ldexp(x.abs(), -exponent), limits) | x.signbit().int() << 3
-            packed.append(((codes[..., 0::2] | codes[..., 1::2] << 4).byte(), (exponent + 127)[..., 0].byte()))
-        return cls(*map(torch.stack, zip(*packed)))
+
+class LoRALinear(Linear):
+    """A Linear with an adapter, `lora`."""
+
+    def forward(self, x):
+        return super().forward(x) + self.lora(x)
+
+
+class LoRAExperts(Experts):
+    """Experts with an adapter for each stack of matrices, `lora`, by its name."""
+
+    def linear(self, name, x, e):
+        return super().linear(name, x, e) + self.lora[name](x, e)
+
+
+def add_lora(model, rank, alpha):
+    """Freeze the model and add trainable fp32 adapters to the matrices of attention and experts. Outputs
+    are scaled by alpha / rank. Raises ValueError."""
+    E, I, D = model.config.num_local_experts, model.config.intermediate_size, model.config.hidden_size
+    require(not model.lora, 'the model has adapters already')
+    require(1 <= rank <= D, f'lora_rank is {rank}; it must be 1 to hidden_size ({D})')
+    require(0 < alpha < math.inf, f'lora_alpha is {alpha}; it must be above 0')
+    model.requires_grad_(False)
+    model.lora = dict(r=rank, lora_alpha=alpha)
+    device, scale = model.lm_head.weight.device, alpha / rank
+    for layer in model.model.layers:
+        for linear in layer.self_attn.children():
+            linear.__class__ = LoRALinear  # keeps its parameters and their names, as FSDP2 does
+            linear.lora = LoRA(1, linear.in_features, linear.out_features, rank, scale).to(device)
+        experts = layer.mlp.experts
+        experts.__class__ = LoRAExperts
+        adapters = dict(gate_up_proj=LoRA(E, D, 2 * I, rank, scale), down_proj=LoRA(E, I, D, rank, scale))
+        experts.lora = nn.ModuleDict(adapters).to(device)
+        if isinstance(experts.gate_up_proj, MXFP4):
+            model.recompute = True  # or autograd stores all unpacked experts until backward
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add each adapter to its matrix and remove it. Raises ValueError for MXFP4."""
+    packed = any(isinstance(module, MXFP4) for module in model.modules())
+    require(not packed, "MXFP4 experts cannot hold merged adapters; load without experts='mxfp4'")
+    for layer in model.model.layers:
+        for linear in layer.self_attn.children():
+            linear.weight += linear.lora.product().mT
+            linear.__class__ = Linear
+            del linear.lora
+        experts = layer.mlp.experts
+        for name, lora in experts.lora.items():
+            for e, matrix in enumerate(getattr(experts, name)):
+                matrix += lora.product(e)
+        experts.__class__ = Experts
+        del experts.lora
+    model.base = model.lora = None
+    model.requires_grad_(True)
+
+
+def peft_name(name):
+    """PEFT's name of an adapter's tensor. It wraps experts twice: for gate_up_proj inside, for down_proj
+    outside."""
+    name = name.replace('.lora.gate_up_proj.', '.base_layer.').replace('.lora.down_proj.', '.')
+    return 'base_model.model.' + name.replace('.lora.', '.')
+
+
+def save_adapter(model, path, weights=None):
+    """Write adapter_model.safetensors and adapter_config.json, which names the base model, in PEFT's format.
+    weights, a state_dict, are written in place of the model's own. Raises ValueError."""
+    folder = Path(path)
+    require(not (folder / 'config.json').exists(), f'{folder} holds a whole model')
+    good = model.lora and model.base
+    require(good, 'there are no adapters of a saved model: from_pretrained, then add_lora, makes them')
+    base, overrides = model.base
+    raw = dict(peft_type='LORA', task_type='CAUSAL_LM', inference_mode=True, **model.lora)
+    raw['base_model_name_or_path'] = str(Path(base).resolve()) if os.path.exists(base) else base  # a hub id
+    raw['target_modules'] = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+    raw['target_parameters'] = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
+    if overrides:
+        raw['overrides'] = overrides
+    tensors = weights or model.state_dict()
+    tensors = {peft_name(name): tensors[name].contiguous() for name in tensors if 'lora.' in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'adapter_config.json', raw)
+    save_file(tensors, folder / 'adapter_model.safetensors')
+
+
+def load_adapters(cls, folder, dtype, device, expert_format, overrides):
+    """Load the model that adapter_config.json names, then its adapters. Those that the file lacks stay zero.
+    """
+    raw = read_json(folder / 'adapter_config.json')
+    try:
+        check_peft_options(raw)
+        overrides = raw.get('overrides', {}) | overrides
+        model = cls.from_pretrained(raw['base_model_name_or_path'], dtype, device, expert_format, **overrides)
+        model.add_lora(raw['r'], raw['lora_alpha'])
+        ours = {peft_name(name): name for name, _ in model.named_parameters() if 'lora.' in name}
+        if 'down_proj' not in str(raw.get('target_parameters')):  # then PEFT wraps once
+            ours |= {name.replace('base_layer.', ''): ours[name] for name in ours if 'base_layer' in name}
+        with open_file(folder / 'adapter_model.safetensors') as file:
+            found = {ours[name]: file.get_tensor(name) for name in file.keys()}
+        pairs = {name.replace('lora_B', 'lora_A') for name in found}
+        require(found and len(found) == 2 * len(pairs), 'its file lacks lora_A or lora_B of an adapter')
+        for name, tensor in found.items():
+            shape = tuple(model.get_parameter(name).shape)
+            require(tensor.shape == shape, f'{name} is {tuple(tensor.shape)}, expected {shape}')
+        model.load_state_dict(found, strict=False)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {str(error):.300})') from error
+    return model
+
+
+def check_peft_options(raw):
+    """Raise ValueError for an option of PEFT that would change what the adapters compute."""
+    harmless = ('auto_mapping base_model_name_or_path exclude_modules inference_mode layers_to_transform '
+                'lora_alpha lora_dropout megatron_core overrides peft_version qalora_group_size r revision '
+                'target_modules target_parameters task_type').split()
+    usual = dict(peft_type='LORA', bias='none', init_lora_weights=True)
+    for key, value in raw.items():
+        empty = value in (usual.get(key), 'gaussian', None, False, [], {})
+        require(key in harmless or empty, f'{key} is {value!r:.99}, an option of PEFT that is not supported')
+
+
+# The methods that part two adds to GPT
+GPT.configure_optimizers = configure_optimizers
+GPT.from_pretrained = classmethod(from_pretrained)
+GPT.save_pretrained = save_pretrained
+GPT.num_parameters = num_parameters
+GPT.flops_per_token = flops_per_token
+GPT.add_lora = add_lora
+GPT.merge_lora = merge_lora
+GPT.save_adapter = save_adapter

@@ -1,5 +1,5 @@
 """
-Train a GPT-OSS. Without arguments it generates a corpus of small stories and trains on it, in minutes on a CPU:
+Train a GPT-OSS. Without arguments it makes up a corpus of small stories and learns it, in minutes on a CPU:
 
     python train.py
     python train.py config/tinystories.py --batch_size=32
@@ -7,11 +7,12 @@ Train a GPT-OSS. Without arguments it generates a corpus of small stories and tr
     python train.py --init_from=openai/gpt-oss-20b --data_dir=data/chats --lora_rank=8 --out_dir=out-chats
     torchrun --standalone --nproc_per_node=8 train.py config/gpt_oss_500m.py
 
-Under torchrun the processes divide the batches of each step, and the losses match those of one process. Every setting
-below is a flag, and so is every field of GPTConfig in model.py. --help lists them all.
+Under torchrun each of 8 processes takes every eighth batch of a step, so the losses are those of one process.
+Every setting below is a flag, and so is every field of GPTConfig in model.py. --help lists them all.
 """
 
 import config  # first, because it sets how OpenMP waits before torch loads it
+from config import check, explain_torch, fail_on
 
 import json
 import math
@@ -22,9 +23,8 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,32 +32,32 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.state_dict  # dcp.state_dict
+import torch.distributed.checkpoint.state_dict as dcp
 from filelock import FileLock
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
 from tqdm.auto import tqdm
 
-from model import GPT, GPTConfig, find_checkpoint, open_file, read_json, save_file, write_json
+from model import GPT, GPTConfig, find_checkpoint, open_file, read_json, read_shape, save_file, write_json
 
 # -----------------------------------------------------------------------------
 # files
 out_dir = 'out'  # gets the checkpoints best/ and last/, metrics.jsonl and loss.png
 data_dir = 'data/builtin'  # what prepare.py wrote; the default is made on first use
-init_from = 'scratch'  # scratch, resume (the run in out_dir, if there is one), or the folder or hub id of a checkpoint
+init_from = 'scratch'  # scratch, resume (the run in out_dir, if any), or the folder or hub id of a checkpoint
 overwrite = False  # replace the run in out_dir
+eval_only = False  # print the loss of init_from over the whole validation set, and end
 # fine-tuning
-lora_rank = 0  # train adapters of this rank on attention and experts instead of the model; 0: the whole model
+lora_rank = 0  # train adapters of this rank on attention and experts, not the model; 0: the whole model
 lora_alpha = 16.0  # the output of an adapter is scaled by lora_alpha / lora_rank
 experts = ''  # mxfp4: with lora_rank, keep the frozen experts at four bits a value
-# batches, shared by the processes of torchrun
+# batches
 batch_size = 16  # sequences that go through the model together
 block_size = 256  # tokens in a sequence
-gradient_accumulation_steps = 1  # batches in an optimizer step
+gradient_accumulation_steps = 1  # batches in an optimizer step; a multiple of the number of processes
 # the model's shape
 vocab_size = 0  # 0: that of the tokenizer
 hidden_size = 128
@@ -68,13 +68,12 @@ num_key_value_heads = 2
 head_dim = 32
 router_aux_loss_coef = 0.05
 # optimizers and schedule
-max_iters = 340  # optimizer steps in the whole run
+max_iters = 380  # optimizer steps in the whole run
 learning_rate = 8e-3  # peak rate of AdamW
 muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
-muon_interval = 1  # Muon moves every n-th step, n times as far; 2 saves a small model a tenth of its time
 min_lr = 0.0  # rate of AdamW at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
-lr_schedule = 'linear'  # after the warm-up: cosine, linear (flat, then down over the cooldown) or constant
+lr_schedule = 'linear'  # after it: cosine, linear (flat, then down over the cooldown) or constant
 cooldown = 0.7  # fraction of the steps after the warm-up over which the linear schedule falls
 weight_decay = 0.1  # on matrices only
 beta1 = 0.9  # decay of the mean gradient, for AdamW and Muon
@@ -96,444 +95,575 @@ compile: bool | None = None  # torch.compile; None: on cuda with Triton, for run
 recompute = False  # activation checkpointing: less memory for a third more time
 fsdp = False  # under torchrun: shard weights, gradients and moments over the processes
 shard_size = 0  # with fsdp: processes that share one copy of them; 0: those of a node
-seed = 1337  # of weights, batches and dropout
+seed = 1  # of weights, batches and dropout
 # -----------------------------------------------------------------------------
-settings, given = config.read(__file__, model=True)
-globals().update(settings)
+asked, names = config.read(__file__, model=True)  # all settings
+given = {key: asked[key] for key in names}  # by a file or a flag
 
+# --- processes: this one, or those that torchrun started ----------------------------------------------------
 
-def check(good, message):
-    if not good:
-        config.fail(message)
-
-
-def say(message):
-    with suppress(OSError):  # stdout may be closed, as in `python train.py | head`
-        if rank == 0:
-            tqdm.write(message)
-
-
-@contextmanager
-def one_line_errors():
-    """End with one line when a file is unsuitable, the disk or memory is full, or another process ended."""
-    try:
-        yield
-    except ValueError as error:
-        config.fail(error)
-    except OSError as error:
-        writer.shutdown()  # waits for what is being written
-        for name in ('last.new', 'best.new') if rank == 0 else ():  # they may fill the disk
-            shutil.rmtree(out / name, ignore_errors=True)
-        config.fail(f'{error}; the checkpoints in {out} are whole')
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', str(error)):
-            config.fail(f'{device} is out of memory; try --recompute=True, or halve --batch_size and double '
-                        '--gradient_accumulation_steps')
-        check(not re.search('(closed|reset) by peer', str(error)), 'another process ended; its message says why')
-        raise
-
-
-# --- processes: this one, or all that torchrun started ---------------------------------------------------------------
-
-distributed, rank, world = 'RANK' in os.environ, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-check(distributed or not fsdp, '--fsdp=True shards the model over processes; start it with torchrun')
+advice = 'try --recompute=True, or halve --batch_size and double --gradient_accumulation_steps'
+distributed = 'RANK' in os.environ
+rank = int(os.environ.get('RANK', 0))
+world = int(os.environ.get('WORLD_SIZE', 1))
 if distributed:
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
-    writers = dist.new_group(backend='gloo')  # the threads that write checkpoints
-writer, writing = ThreadPoolExecutor(1), []  # this process's thread, and its job
 
 
-def summed(tensor):
-    """The sum of the tensors of all processes, in place."""
+def on_rank_0(function, *arguments):
+    """What a function returns on rank 0, which alone calls it. Where it fails there, all processes end."""
+    result = [None, False]  # and whether there is one
+    try:
+        if rank == 0:
+            result = [function(*arguments), True]
+    finally:
+        if distributed:
+            with explain_torch(advice):
+                dist.broadcast_object_list(result)
+    if not result[1]:
+        raise SystemExit(2)  # rank 0 says why
+    return result[0]
+
+
+def add_up(tensor):
+    """Replace a tensor by the sum of those of all processes, and return it."""
     if distributed:
-        dist.all_reduce(tensor)
+        with explain_torch(advice):
+            dist.all_reduce(tensor)
     return tensor
 
 
-# --- the run in out_dir: a new one, or the one that its newest checkpoint continues ----------------------------------
+def check_same(value, message):
+    """End all processes unless each has the value of rank 0. Those that have another say the message."""
+    differs = value != on_rank_0(lambda: value)
+    any_differs = add_up(torch.tensor(int(differs)))
+    check(not differs, message)
+    if any_differs:
+        raise SystemExit(2)
 
-NEW = dict(step=0, sequences=0, tokens=0, skipped=0, skipped_in_a_row=0, best_loss=math.inf, best_step=0, losses=[],
-           wandb='', scaler={}, settings={})  # state.json of a run that has not started
-out = Path(out_dir)
-checkpoints = best, last, before_last = out / 'best', out / 'last', out / 'last.old'
-held = any(folder.exists() for folder in checkpoints)
+
+def say(message):
+    if rank == 0:
+        with suppress(OSError):  # stdout may be closed, as in `python train.py | head`
+            tqdm.write(message)
 
 
-def newest_checkpoint():
-    """(folder, state) of the newest checkpoint whose files are all readable; (None, NEW) where there is none."""
-    for folder in filter(Path.exists, (last, before_last)):
-        try:
-            for file in (*folder.glob('*.safetensors'), *folder.glob('*.json')):
-                open_file(file) if file.suffix == '.safetensors' else read_json(file)
-            raw = read_json(folder / 'state.json')
-            state = SimpleNamespace(**{key: type(value)(raw.get(key, value)) for key, value in NEW.items()})
-            state.losses = np.array(state.losses, float).reshape(-1, 2).tolist()
-            return folder, state
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            say(f'{folder} is damaged: {type(error).__name__}: {error}')
-    check(not held, f'{out} has no readable checkpoint; --init_from={best} --out_dir=NEW starts from its best weights')
+# --- resume or start: rank 0 decides where from and with which settings -------------------------------------
+
+out = Path(asked['out_dir'])
+best, last, last_old = out / 'best', out / 'last', out / 'last.old'
+checkpoints = (best, last, last_old)
+lock = FileLock(out / '.lock')  # rank 0 holds it; the system releases it when the process ends
+NEW = dict(step=0, sequences=0, tokens=0, skipped=0, best_loss=math.inf, best_step=0, wandb='', scaler={},
+           settings={}, losses=[])  # losses: of the steps since the last row of metrics.jsonl
+OF_A_START = {'out_dir', 'init_from', 'overwrite', 'eval_only', 'fsdp', 'shard_size'}  # not kept by a run
+POSITIVE = {'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
+            'log_interval'}
+SHAPE = set(GPTConfig.__dataclass_fields__)
+overrides = {key: value for key, value in given.items() if key in SHAPE}  # of a model that is loaded
+
+
+def read_if_there(path):
+    return path.read_bytes() if path.is_file() else b''
+
+
+def read_state(folder):
+    """The state of a checkpoint whose files are all whole. Raises ValueError."""
+    for file in {*folder.glob('*.safetensors'), folder / 'optimizer.safetensors'}:
+        open_file(file)
+    for file in folder.glob('*.json'):
+        read_json(file)
+    raw = read_json(folder / 'state.json')
+    try:
+        values = {key: type(default)(raw.get(key, default)) for key, default in NEW.items()}
+        values['losses'] = np.array(values['losses'], float).reshape(-1, 2).tolist()
+        return SimpleNamespace(**values)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f'{folder / "state.json"}: {error}') from error
+
+
+def find_newest():
+    """(folder, state) of the newest checkpoint that is whole; (None, NEW) where there is none."""
+    for folder in (last, last_old):
+        if folder.exists():
+            try:
+                return folder, read_state(folder)
+            except ValueError as error:
+                say(f'{folder} is damaged: {error}')
+    check(not any(folder.exists() for folder in checkpoints),
+          f'{out} has no readable checkpoint; --init_from={best} --out_dir=NEW starts from its best weights')
     return None, SimpleNamespace(**NEW)
 
 
-if rank == 0:
-    lock = FileLock(out / '.lock')  # the system releases it when this process ends
-    try:
+def claim_out_dir():
+    """Lock out_dir. Refuse to overwrite a run, unless --overwrite asks for it."""
+    with fail_on((OSError, NotImplementedError), f'; is another run writing to {out}?'):
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except (OSError, NotImplementedError) as error:
-        config.fail(f'cannot lock {out}, for example because another run is writing to it: {error}')
-source, state = newest_checkpoint() if init_from == 'resume' else (None, SimpleNamespace(**NEW))
-if source:  # the settings of the run win over the defaults above; flags and config files win over both
-    known = config.declared('model.py') | config.declared('train.py')
-    of_a_start = {'out_dir', 'init_from', 'overwrite', 'fsdp', 'shard_size'}
-    for key in state.settings.keys() & known.keys() - given - of_a_start:
-        settings[key] = config.convert(f'{source}/state.json: {key}', state.settings[key], known[key][0])
-    globals().update(settings)
-check(source or overwrite or not held, f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
-base = Path(init_from).resolve()
-check(not {base, *base.parents} & {folder.resolve() for folder in checkpoints},
-      f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
-scratch = not source and init_from in ('scratch', 'resume')
-positive = ('batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval',
-            'muon_interval')
-for key, value in settings.items():
-    check(type(value) not in (int, float) or (key in positive) <= value < 2 ** 62,
-          f'{key} is {value}; it must be at least {int(key in positive)}, and not too large')
-check(learning_rate > 0, 'learning_rate must be above 0')
-check(muon_interval <= max_iters, f'muon_interval ({muon_interval}) is more than max_iters: Muon would never move')
-check(lr_schedule in ('cosine', 'linear', 'constant'), 'lr_schedule must be cosine, linear or constant')
-check(not scratch or not lora_rank and not experts, 'lora_rank and experts adapt a model: give --init_from=FOLDER')
-check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
-# The processes form teams. The teams take the batches of a step in turn, and a team divides each of its batches among
-# its processes. For example, 8 processes and 12 batches: 4 teams of 2, and a process takes half of each of 3 batches.
-teams = math.gcd(world, gradient_accumulation_steps)
-team_size, micro_steps = world // teams, gradient_accumulation_steps // teams
-shard_size = shard_size or int(os.environ.get('LOCAL_WORLD_SIZE', world))
-check(not fsdp or world % shard_size == 0, f'{world} processes cannot form groups of shard_size ({shard_size})')
-check(batch_size % team_size == 0, f'{team_size} processes cannot divide a batch of {batch_size} sequences evenly')
-if distributed and device != 'cpu':  # gloo does not reach mps
-    device = f'cuda:{os.environ["LOCAL_RANK"]}' if torch.cuda.is_available() else 'cpu'
-device, dtype = config.pick_device(device, dtype)
-device_type = torch.device(device).type
-if distributed and device_type == 'cuda':
-    torch.cuda.set_device(device)
+    runs = {path.resolve() for path in checkpoints if path.exists()}
+    init_from = asked['init_from']
+    check(not runs or init_from == 'resume' or asked['overwrite'],
+          f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
+    base = Path(init_from).resolve()
+    check(not runs & {base, *base.parents},
+          f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 
-# --- data ------------------------------------------------------------------------------------------------------------
+
+def find_start(init_from):
+    """(folder to load or None, state) of the run to resume, the checkpoint to start from, or a new model."""
+    if init_from == 'resume':
+        folder, state = find_newest()
+        check(folder or not asked['eval_only'], f'{out} holds no run to evaluate')
+        return folder, state
+    with fail_on(ValueError):
+        return None if init_from == 'scratch' else find_checkpoint(init_from), SimpleNamespace(**NEW)
+
+
+def decide():
+    """(folder, state, all settings) of this run. A run that is resumed and a model that is loaded dictate
+    settings in place of the defaults. What a file or a flag gave wins over both."""
+    if not asked['eval_only']:
+        claim_out_dir()
+    folder, state = find_start(asked['init_from'])
+    declared = config.declared('model.py') | config.declared('train.py')
+    of_run = {}
+    for key in state.settings.keys() & declared.keys() - OF_A_START:
+        of_run[key] = config.convert(f'{folder}/state.json: {key}', state.settings[key], declared[key][0])
+    of_model = {}
+    if folder:
+        with fail_on(ValueError):
+            shape, adapters = read_shape(folder, **overrides)
+        check(all(given.get(key, value) == value for key, value in adapters.items()),
+              f'{folder} has adapters of {adapters}; leave out --lora_rank and --lora_alpha')
+        of_model = asdict(shape) | adapters
+    settings = asked | of_run | of_model | given  # later wins
+    if settings['lora_rank'] and 'router_aux_loss_coef' not in given:  # frozen routers cannot be balanced
+        settings['router_aux_loss_coef'] = of_run.get('router_aux_loss_coef', 0.0)
+    return folder, state, settings
+
+
+def check_settings():
+    for key, value in settings.items():
+        if type(value) in (int, float):
+            least = 1 if key in POSITIVE else 0
+            good = least <= value < 2 ** 62
+            check(good, f'{key} is {value}; it must be at least {least}, and not too large')
+    with fail_on(ValueError):
+        GPTConfig(**shape | dict(vocab_size=vocab_size or 1))
+    check(learning_rate > 0, 'learning_rate must be above 0')
+    check(max(beta1, beta2) < 1, 'beta1 and beta2 must be below 1')
+    check(lr_schedule in ('cosine', 'linear', 'constant'), 'lr_schedule must be cosine, linear or constant')
+    check(block_size <= max_position_embeddings,
+          f'block_size ({block_size}) exceeds max_position_embeddings ({max_position_embeddings})')
+    check(folder or not lora_rank and not experts, 'lora_rank and experts adapt a model: give --init_from')
+    check(not experts or lora_rank, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
+    check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
+    check(distributed or not fsdp, '--fsdp=True shards the model over processes; start it with torchrun')
+    even = world % shard_size == 0
+    check(even or not fsdp, f'{world} processes cannot form groups of shard_size ({shard_size})')
+    batches = gradient_accumulation_steps
+    check(batches % world == 0 or eval_only, f'{world} processes cannot share {batches} batches evenly; give '
+          f'--gradient_accumulation_steps={batches + -batches % world}')
+    check(eval_only or state.step < max_iters,
+          f'{folder} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
+
+
+folder, state, settings = on_rank_0(decide)
+resumed = state.step > 0
+state.settings = settings  # with 'auto' and 0, which can mean something else on the next machine
+globals().update(settings)
+shape = {key: settings[key] for key in SHAPE}
+device, dtype = config.pick_device(device, dtype)
+shard_size = shard_size or int(os.environ.get('LOCAL_WORLD_SIZE', world))
+on_rank_0(check_settings)
+# from here on no setting changes
+device_type = torch.device(device).type
+if resumed and not fsdp:  # each process reads the checkpoint
+    check_same(read_if_there(folder / 'state.json'), f'{folder} differs between nodes, which must share it')
+
+# --- data ---------------------------------------------------------------------------------------------------
 
 data = Path(data_dir)
-if rank == 0 and data_dir == 'data/builtin' and not (data / 'meta.json').exists():
-    say('making the built-in corpus, once:')
-    subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
-summed(torch.zeros(1))  # the other processes wait
-check(not fsdp or (out / '.lock').exists(), f'{out} is not that of rank 0; with --fsdp all nodes must share it')
+
+def make_corpus():
+    """Write the built-in corpus where it is wanted and not there yet."""
+    if data_dir == 'data/builtin' and not (data / 'meta.json').exists():
+        say('making the built-in corpus, once:')
+        subprocess.run([sys.executable, config.ROOT / 'prepare.py', '--dataset=builtin', '--tokenizer=bpe'])
+
+
+on_rank_0(make_corpus)
 try:
     meta = read_json(data / 'meta.json')
-    sizes, token_dtype = {split: int(meta[f'{split}_tokens']) for split in ('train', 'val')}, np.dtype(meta['dtype'])
-    vocabulary, end_of_text, chats = int(meta['vocab_size']), np.uint32(meta['eot_token']), 'val_targets' in meta
+    sizes = {split: int(meta[f'{split}_tokens']) for split in ('train', 'val')}
+    token_dtype = dict(uint16=np.uint16, uint32=np.uint32)[meta['dtype']]
+    vocabulary = int(meta['vocab_size'])
+    end_of_text = np.uint32(meta['eot_token'])
+    chats = 'val_targets' in meta
     tokens_per_byte = meta['val_targets' if chats else 'val_tokens'] / meta['val_bytes']
     perfect = float(meta.get('perfect_loss', 'nan'))
 except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
-    config.fail(f'{data / "meta.json"} is missing or damaged ({type(error).__name__}: {error}); prepare the data: '
-                f'python prepare.py --data_dir={data_dir} --dataset=... (see --help)')
+    config.fail(f'{data / "meta.json"} is missing or damaged ({type(error).__name__}: {error}); prepare the '
+                f'data: python prepare.py --data_dir={data_dir} --dataset=... (see --help)')
+check_same(meta, f'{data} does not hold the same data on all nodes')
 
 
 def open_bin(split, kind=token_dtype, suffix=''):
-    """The tokens of a split, or its mask. Opened for each use, so that truncation during a run is detected."""
+    """The tokens of a split, or its mask. Opened for each use, to notice when a run's data is cut short."""
     path = data / f'{split}{suffix}.bin'
-    size, expected = path.stat().st_size if path.is_file() else 0, sizes[split] * np.dtype(kind).itemsize
-    check(size == expected, f'{path} has {size} bytes, but {data / "meta.json"} says {expected}; prepare the data')
+    size = path.stat().st_size if path.is_file() else 0
+    expected = sizes[split] * np.dtype(kind).itemsize
+    check(size == expected, f'{path} has {size} bytes, not {expected} as in meta.json; prepare the data')
     return np.memmap(path, kind, 'r')
 
 
-def batch_at(split, rows):
-    """Rows (start, stop) of a split -> inputs and targets, int64 (B, block_size); targets after stop are -1."""
-    tokens, mask = open_bin(split), open_bin(split, np.uint8, '_mask') if chats else None
-    x = np.full((len(rows), block_size), end_of_text, np.int64)
-    y = np.full_like(x, -1)
-    for i, (start, stop) in enumerate(rows):
-        inputs, targets = tokens[start:start + block_size], tokens[start + 1:stop + 1].astype(np.int64)
-        x[i, :len(inputs)] = inputs  # the last chat may end before its row
-        y[i, :len(targets)] = np.where(mask[start + 1:stop + 1], targets, -1) if chats else targets
-    largest, V = max(x.max(), y.max()), model.config.vocab_size
-    check(largest < V, f'{data / split}.bin holds the token id {largest}, but the model has vocab_size {V}')
-    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+def rows_of_text(split):
+    """Rows (start, stop) that together predict every token of a text once. A row stops at the last end of a
+    document within block_size tokens, or is full where there is none. The last incomplete row is dropped."""
+    tokens = open_bin(split)
+    rows = []
+    start = 0
+    while start + block_size < len(tokens):
+        ends = np.flatnonzero(tokens[start + 1:start + block_size + 1] == end_of_text)
+        stop = start + (ends[-1] + 1 if len(ends) else block_size)
+        rows.append((start, stop))
+        start = stop
+    return np.array(rows)
 
 
-def cut_into_rows(split):
-    """Rows (start, stop) that together predict every token once. A row stops at the last end of a document within
-    block_size tokens, or is full where there is none. In texts the next row starts there, and the last incomplete row
-    is dropped. In chats it starts after an end, so that each row begins with a whole chat: one that is longer than a
-    row loses its end, and a row without a target is dropped."""
-    tokens, start, rows = open_bin(split), 0, []
-    ends = np.append(-1, np.flatnonzero(tokens == end_of_text))
-    while start < len(tokens) - (0 if chats else block_size):
-        following = np.searchsorted(ends, start + block_size, 'right')
-        end = ends[following - 1]
-        rows.append((start, end if end > start else start + block_size))
-        start = (end if end > start else ends[following]) + 1 if chats else rows[-1][1]
+def rows_of_chats(split):
+    """Rows (start, stop) of as many whole chats as fit. A chat longer than a row loses its end, and a row
+    without an answer is dropped."""
+    ends = np.flatnonzero(open_bin(split) == end_of_text)
+    starts = np.append(0, ends[:-1] + 1)
+    rows = []
+    for start, end in zip(starts.tolist(), ends.tolist()):
+        if rows and end <= rows[-1][0] + block_size:
+            rows[-1][1] = end
+        else:
+            rows.append([start, min(end, start + block_size)])
     rows = np.array(rows)
-    if chats:
-        targets_before = np.append(0, np.cumsum(open_bin(split, np.uint8, '_mask'), dtype=np.int64))
-        targets, total = targets_before[rows[:, 1] + 1] - targets_before[rows[:, 0] + 1], targets_before[-1]
-        advice = f'--block_size={np.diff(ends).max() - 1} takes all'
-        check(targets.any(), f'no answer of {data / split}.bin is within block_size ({block_size}) tokens; {advice}')
-        if targets.sum() < total:
-            longer = (np.diff(ends) > block_size + 1).sum()
-            say(f'{data / split}.bin: {longer:,} chats are longer than block_size ({block_size}), so '
-                f'{total - targets.sum():,} of {total:,} answer tokens are left out; {advice}')
-        rows = rows[targets > 0]
-    return rows
+    answers_before = np.append(0, np.cumsum(open_bin(split, np.uint8, '_mask'), dtype=np.int64))
+    answers = answers_before[rows[:, 1] + 1] - answers_before[rows[:, 0] + 1]
+    lost = answers_before[-1] - answers.sum()
+    advice = f'--block_size={(ends - starts).max()} takes all'
+    check(answers.any(), f'no answer in {data / split}.bin is within block_size ({block_size}); {advice}')
+    if lost:
+        longer = (ends - starts > block_size).sum()
+        say(f'{data / split}.bin: {longer:,} chats are longer than block_size ({block_size}), so {lost:,} of '
+            f'{answers_before[-1]:,} answer tokens are left out; {advice}')
+    return rows[answers > 0]
 
 
-for split in sizes:
-    check(len(open_bin(split)) > block_size or chats, f'{data / split}.bin has {sizes[split]} tokens, fewer than '
-          f'block_size + 1 = {block_size + 1}; take more text or a smaller --block_size')
-val_rows, chat_rows = cut_into_rows('val'), cut_into_rows('train') if chats else None
-rows_per_epoch = len(chat_rows) if chats else max(1, (sizes['train'] - block_size) // block_size)
+if chats:
+    chat_rows = rows_of_chats('train')
+    val_rows = rows_of_chats('val')
+    rows_per_epoch = len(chat_rows)
+else:
+    for split, size in sizes.items():
+        check(size > block_size, f'{data / split}.bin has {size} tokens, fewer than block_size + 1 = '
+                                 f'{block_size + 1}; take more text or a smaller --block_size')
+    val_rows = rows_of_text('val')
+    rows_per_epoch = max(1, (sizes['train'] - block_size) // block_size)
 
 
 @lru_cache(maxsize=2)
 def epoch_rows(epoch):
-    """The rows of an epoch, shuffled. Each epoch cuts the text into blocks at another offset."""
+    """The rows of an epoch, shuffled. Each epoch cuts a text into blocks at another offset."""
     rng = np.random.default_rng((seed, epoch))
     if chats:
-        return chat_rows[rng.permutation(rows_per_epoch)]
-    offset = rng.integers(min(block_size, sizes['train'] - rows_per_epoch * block_size))
-    starts = offset + block_size * rng.permutation(rows_per_epoch)
-    return np.stack((starts, starts + block_size), axis=1)
+        rows = chat_rows
+    else:
+        offset = rng.integers(min(block_size, sizes['train'] - rows_per_epoch * block_size))
+        starts = offset + block_size * np.arange(rows_per_epoch)
+        rows = np.stack((starts, starts + block_size), axis=1)
+    return rows[rng.permutation(rows_per_epoch)]
 
 
-def train_parts():
-    """This process's parts of the batches of a step. The seed and the number of sequences seen determine them, so that
-    a resumed run draws the same ones, with any number of processes."""
-    size = batch_size // team_size
-    for number in range(rank // team_size, gradient_accumulation_steps, teams):
-        first = state.sequences + number * batch_size + rank % team_size * size
-        rows = [epoch_rows(i // rows_per_epoch)[i % rows_per_epoch] for i in range(first, first + size)]
-        yield batch_at('train', rows)
+def batch_at(split, rows):
+    """Rows (start, stop) of a split -> inputs and targets, int64 (B, block_size); -1 is no target."""
+    tokens = open_bin(split)
+    mask = open_bin(split, np.uint8, '_mask') if chats else None
+    x = np.full((len(rows), block_size), end_of_text, np.int64)
+    y = np.full_like(x, -1)
+    for i, (start, stop) in enumerate(rows):
+        x[i, :len(tokens) - start] = tokens[start:start + block_size]  # the last chat may end before its row
+        y[i, :stop - start] = tokens[start + 1:stop + 1]
+        if chats:
+            y[i, :stop - start][mask[start + 1:stop + 1] == 0] = -1
+    largest = max(x.max(), y.max())
+    V = model.config.vocab_size
+    check(largest < V, f'{data / split}.bin holds the token id {largest}, but the model has vocab_size {V}')
+    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 
-# --- model and optimizers --------------------------------------------------------------------------------------------
+def train_batch(number):
+    """A batch of this step. The seed and the sequences drawn before determine it, so that a resumed run draws
+    the same, with any number of processes."""
+    first = state.sequences + number * batch_size
+    rows = [epoch_rows(i // rows_per_epoch)[i % rows_per_epoch] for i in range(first, first + batch_size)]
+    return batch_at('train', rows)
 
-def load_model():
-    """The model, new or from a checkpoint with the tokenizer of the data, and the longest block_size of its training,
-    or None where that is unknown."""
-    place = 'meta' if fsdp and rank else 'cpu' if fsdp else device  # FSDP2 takes the weights from rank 0
-    shape = {key: settings[key] for key in GPTConfig.__dataclass_fields__}
-    if scratch:
-        with torch.device('meta' if place == 'meta' else 'cpu'):  # the same weights on every device
-            return GPT(GPTConfig(**shape)).to(place), block_size
-    folder = find_checkpoint(source or init_from)
-    frozen = lora_rank or (folder / 'adapter_config.json').exists()
-    overrides = {key: shape[key] for key in shape.keys() & given}
-    model = GPT.from_pretrained(source or init_from, getattr(torch, dtype) if frozen else torch.float32, place,
-                                experts or None, **overrides)
-    if lora_rank and not model.lora:
-        model.add_lora(lora_rank, lora_alpha)
-    if model.lora:
-        found = dict(lora_rank=model.lora['r'], lora_alpha=float(model.lora['lora_alpha']))
-        check(all(found[key] == settings[key] for key in found.keys() & given),
-              f'{folder} has adapters of {found}; leave out --lora_rank and --lora_alpha')
-        settings.update(found)
-    if frozen and 'router_aux_loss_coef' not in given:  # frozen routers cannot be balanced
-        model.config.router_aux_loss_coef = shape['router_aux_loss_coef'] if source else 0.0
-    check(not experts or model.lora, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
+
+# --- model and optimizers -----------------------------------------------------------------------------------
+
+def check_tokenizer():
+    """The longest block_size that the model was trained with, None if unknown. A model needs the tokenizer
+    of the data, and a run goes on with the same data."""
+    if not folder:
+        return block_size
     if not (folder / 'meta.json').exists():
         say(f'{folder} has no meta.json: whether its tokenizer is that of {data_dir} is not checked')
-        return model, None
-    theirs, tables = read_json(folder / 'meta.json'), [where / 'tokenizer.tiktoken' for where in (folder, data)]
+        return None
+    with fail_on(ValueError):
+        theirs = read_json(folder / 'meta.json')
     same = all(theirs.get(key) == meta.get(key) for key in ('tokenizer', 'vocab_size', 'special_tokens'))
-    same = same and len({table.read_bytes() if table.exists() else b'' for table in tables}) == 1
-    check(same, f'{folder} has another tokenizer than {data_dir}; prepare the data with --tokenizer={folder}')
-    check(not source or 'data_dir' in given or all(theirs.get(key) == meta[key] for key in meta),
-          f'{data_dir} has changed since {source} was written; give --data_dir to continue with it nonetheless')
-    return model, max(theirs.get('block_size') or 0, block_size)
+    ranks = [read_if_there(path / 'tokenizer.tiktoken') for path in (folder, data)]
+    check(same and ranks[0] == ranks[1],
+          f'{folder} has another tokenizer than {data_dir}; prepare the data with --tokenizer={folder}')
+    changed = any(theirs.get(key) != meta[key] for key in meta)
+    check(not resumed or not changed or 'data_dir' in given,
+          f'{data_dir} has changed since {folder} was written; give --data_dir to continue with it anyway')
+    return max(theirs.get('block_size') or 0, block_size)
 
+
+def check_host_memory(model_shape):
+    """Fail where the memory of rank 0's machine is too small for fsdp: it holds all weights to load them, and
+    all moments too while it saves or resumes."""
+    with torch.device('meta'):
+        needed = GPT(model_shape).num_parameters() * (8 if muon_lr else 12)  # fp32, with one moment or two
+    if lora_rank:
+        needed /= 4  # frozen weights of 16 bits
+    with suppress(OSError, TypeError):  # Linux alone has this file
+        free = 1024 * int(re.search(r'MemAvailable: +(\d+)', Path('/proc/meminfo').read_text())[1])
+        check(needed < free, f'rank 0 needs {needed / 1e9:,.0f} GB of memory for all weights and moments; '
+                             f'{free / 1e9:,.0f} GB are free. --lora_rank needs less')
+
+
+def load_model(model_shape):
+    """The model, with the weights of a checkpoint or new ones. With fsdp only rank 0 has them, on the CPU."""
+    kind = getattr(torch, dtype) if lora_rank else torch.float32  # of frozen weights; all others are fp32
+    place = 'cpu' if fsdp else device
+    if fsdp and rank > 0:
+        with torch.device('meta'):
+            model = GPT(model_shape).to(kind)
+    elif folder:
+        path = folder if resumed else init_from  # adapters name their base as it was given
+        model = GPT.from_pretrained(path, kind, place, experts or None, **overrides)
+    else:
+        model = GPT(model_shape).to(place)  # made on the CPU: the same on every device
+    if lora_rank and not model.lora:
+        model.add_lora(lora_rank, lora_alpha)
+    model.config.router_aux_loss_coef = router_aux_loss_coef
+    model.recompute |= recompute
+    return model
+
+
+# With fsdp, `shard` divides the model over the processes, `gather` puts it together for a checkpoint, and
+# `load_moments` divides the moments in it again. The last two serve one process and DDP too.
 
 def shard(model):
-    """Divide the model of rank 0 by FSDP2, layer by layer. Each shard_size processes hold a whole copy: weights travel
-    among them, and gradients between the copies once a step."""
-    mesh = init_device_mesh(device_type, (world // shard_size, shard_size), mesh_dim_names=('copies', 'parts'))
-
+    """Divide the model of rank 0 by FSDP2, layer by layer. Each shard_size processes hold a whole copy:
+    weights travel among them, and gradients between the copies once a step."""
     def placement(p):  # the first dimension that divides evenly, or else the first, which is padded
-        return Shard(next((dim for dim, size in enumerate(p.shape) if size % shard_size == 0), 0))
+        even = [dim for dim, size in enumerate(p.shape) if size % shard_size == 0]
+        return Shard(even[0] if even else 0)
 
+    grid = world // shard_size, shard_size
+    mesh = init_device_mesh(device_type, grid, mesh_dim_names=('copies', 'parts'))
     spread = partial(fully_shard, mesh=mesh, shard_placement_fn=placement)
-    weights = {} if rank else model.state_dict()  # keeps the tensors
-    model.to('meta').tie_weights()
+    weights = model.state_dict() if rank == 0 else {}
+    model.to('meta').tie_weights()  # `weights` keeps the tensors
     for layer in model.model.layers:
-        if dtype != 'float32' and not model.lora:  # experts compute in 16 bits, so they are gathered in them
+        if dtype != 'float32' and not lora_rank:  # experts compute in 16 bits, so they are gathered in them
             policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
             spread(layer.mlp.experts, mp_policy=policy)
         spread(layer)
     spread(model).to_empty(device=device).reset_counters(device)
-    options = dcp.state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp.state_dict.set_model_state_dict(model, weights, options=options)
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp.set_model_state_dict(model, weights, options=options)
 
 
-def gathered():
-    """A copy of what is trained, whole in the memory of rank 0. All processes must call this."""
-    with torch.device('meta'):
-        whole = GPT(model.config)
-    if model.lora:
-        whole.add_lora(*model.lora.values())
-        whole.source = model.source
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if not model.lora or 'lora.' in name:
-            weights[name] = (tensor.full_tensor() if fsdp else tensor).to('meta' if rank else 'cpu', copy=True)
-    whole.load_state_dict(weights, strict=False, assign=True)
-    whole.tie_weights()
-    return whole
+def name_moments(**options):
+    """{name: tensor} of the state of the optimizers."""
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=True, **options)
+    found = dcp.get_optimizer_state_dict(model, optimizers, options=options)
+    return {name: value for name, value in found.items() if torch.is_tensor(value)}
 
 
-def optimizer_state():
-    """{name: tensor} of the state of the optimizers and of the rows of each expert: what a resumed run needs beside the
-    weights. They are the tensors themselves, with FSDP2 DTensors."""
-    options = dcp.state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
-    found = dcp.state_dict.get_optimizer_state_dict(model, optimizers, options=options)
-    tensors = {name: value for name, value in found.items() if torch.is_tensor(value)}
-    return tensors | dict(expert_load=model.expert_load)
+def gather():
+    """(weights, moments) by name, with fsdp whole, on the CPU of rank 0. All processes must call this."""
+    options = dict(full_state_dict=fsdp, cpu_offload=fsdp, ignore_frozen_params=lora_rank > 0)
+    weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(**options))
+    return weights, name_moments(**options) | dict(expert_load=add_up(model.expert_load.clone()))
 
 
-def load_optimizer_state(folder):
-    """Load what any number of processes wrote. Each process reads its parts."""
-    warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # that is meant: each reads for itself
-    reader = dcp.HuggingFaceStorageReader(folder)
-    try:
-        for name, saved in reader.read_metadata().state_dict_metadata.items():
-            if sum(chunk.sizes.numel() for chunk in saved.chunks) != saved.size.numel():
-                raise ValueError(f'parts of {name} are missing')
-        dcp.load(optimizer_state(), storage_reader=reader, no_dist=True)
-    except (Exception, dcp.api.CheckpointException) as error:  # damaged headers raise many types
-        config.fail(f'{folder} does not fit these optimizers ({type(error).__name__}); --init_from={folder} '
-                    '--out_dir=NEW starts another run from the weights')
+def load_moments(path):
+    """The inverse, for the moments. With fsdp rank 0 reads the file, and every process gets its part."""
+    moments = name_moments() | dict(expert_load=model.expert_load)  # the tensors themselves
+    stored = {}
+    if rank == 0 or not fsdp:
+        with open_file(path) as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}
+        fits = {name: x.shape for name, x in stored.items()} == {name: x.shape for name, x in moments.items()}
+        check(fits, f'{path} does not fit these optimizers; --init_from={path.parent} --out_dir=NEW starts '
+                    'another run from the weights')
+    for name, tensor in moments.items():
+        whole = stored[name] if stored else torch.empty(tensor.shape, dtype=tensor.dtype)
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(whole.to(device), tensor.device_mesh, tensor.placements)
+        elif fsdp:
+            dist.broadcast(whole, src=0)
+        tensor.copy_(whole)
     if rank > 0:
-        model.expert_load.zero_()  # rank 0 has the rows of all
+        model.expert_load.zero_()  # rank 0 has that of all processes
+
+
+def share_gradients(now):
+    """Whether the next backward averages the gradients over the processes. Only the last of a step need."""
+    if fsdp:
+        model.set_requires_all_reduce(now)  # between copies; inside of one, every backward does
+    elif distributed:
+        net.require_backward_grad_sync = now
 
 
 torch.manual_seed(seed)
-settings['vocab_size'] = vocab_size or vocabulary
-with one_line_errors():
-    model, trained_on = load_model()
-    settings.update(vars(model.config))
-    model.recompute |= recompute
-    if team_size > 1:
-        model.group, _ = dist.new_subgroups(team_size)
+trained_on = on_rank_0(check_tokenizer)
+model_shape = GPTConfig(**shape | dict(vocab_size=vocab_size or vocabulary))
+if fsdp:
+    on_rank_0(check_host_memory, model_shape)
+with explain_torch(advice):
+    with fail_on(ValueError):
+        model = load_model(model_shape)
+    mesh = None  # of processes with the same weights, which share Muon's work
     if fsdp:
         shard(model)
-    optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay, muon_interval)
-    if source:
-        written = (best / 'state.json').exists() and read_json(best / 'state.json').get('step') == state.best_step
-        check(state.step < max_iters or state.best_step == state.step and not written,
-              f'{source} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
-        load_optimizer_state(source)
-scaler = (ShardedGradScaler if fsdp else torch.amp.GradScaler)(device_type, enabled=dtype == 'float16')
+    elif distributed:
+        mesh = init_device_mesh(device_type, (world,))
+    optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay, mesh)
+    if resumed and not eval_only:
+        load_moments(folder / 'optimizer.safetensors')
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if state.scaler:
     scaler.load_state_dict(state.scaler)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
-flops, peak_flops = model.flops_per_token(block_size), config.peak_flops(device, dtype)
 tokens_per_step = batch_size * gradient_accumulation_steps * block_size
+flops = model.flops_per_token(block_size)
+peak_flops = config.peak_flops(device, dtype)
 pays = device_type == 'cuda' and has_triton() and max_iters * tokens_per_step * flops / world > 1e16
 use_compile = pays if compile is None else compile
 if use_compile:
     for module in model.model.layers if fsdp else [model]:
         module.compile(dynamic=False)  # one graph for training, one for evaluation
-run = model
+net = model
 if distributed and not fsdp:
-    run = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with explain_torch(advice):
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-# --- evaluate, save, log, plot ---------------------------------------------------------------------------------------
+# --- evaluate, save, log, plot ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate():
-    """Report the mean loss in nats per token over eval_iters batches, spread over the validation rows, or over all of
-    them. Report also the fraction of rows that each expert got since the last evaluation. Return the loss.
-    """
-    rows, total, load = val_rows, torch.zeros(2, device=device), summed(model.expert_load.clone()).cpu()
-    if 0 < eval_iters * batch_size < len(rows):
+    """The mean loss in nats per token, of eval_iters batches spread over the validation rows, or of all."""
+    rows = val_rows
+    if 0 < eval_iters * batch_size < len(rows) and not eval_only:
         rows = rows[np.linspace(0, len(rows), eval_iters * batch_size, endpoint=False).astype(int)]
     size = max(batch_size, 2 ** 13 // block_size)  # without gradients there is room for more
-    size = min(size, -(-len(rows) // world))
-    # whole batches, as many for each process; the row (0, 0) is empty
-    rows = np.pad(rows, ((0, -len(rows) % (size * world)), (0, 0)))[rank::world]
-    model.eval()
+    size = min(size, math.ceil(len(rows) / world))
+    empty = -len(rows) % (size * world)  # rows (0, 0), so that every process has as many batches
+    rows = np.pad(rows, ((0, empty), (0, 0)))[rank::world]
+    total = torch.zeros(2, device=device)  # the summed loss, and the number of targets
+    net.eval()
     for i in range(0, len(rows), size):
         x, y = batch_at('val', rows[i:i + size])
         with autocast:
-            total += torch.stack((run(x, y, return_logits=False, count=1)[1], (y >= 0).sum()))  # count=1: the sum
-    model.train()
-    loss, count = summed(total).tolist()
-    row = dict(val_loss=loss / count, val_bpb=loss / count / math.log(2) * tokens_per_byte)
-    best_possible = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
-    line = f'step {state.step}: val loss {row["val_loss"]:.4f}{best_possible}, {row["val_bpb"]:.4f} bits per byte'
-    if state.step > 0:
-        fraction, dead = load / load.sum(1, keepdim=True).clamp(min=1), (load == 0).sum(1)
-        row |= dict(expert_load_max=fraction.amax(1).tolist(), expert_load_min=fraction.amin(1).tolist(),
-                    dead_experts=dead.tolist())
-        if (busiest := fraction.max() * load.size(1)) > 1.5:
-            line += f', the busiest expert has {busiest:.1f} x the mean load'
-        if dead.any():
-            line += f', {dead.sum()} experts get no token'
-        model.expert_load.zero_()
-    log(**row)
-    say(line)
+            loss = net(x, y, return_logits=False, count=1)[1]  # count=1: the sum
+        total += torch.stack((loss, (y >= 0).sum()))
+    net.train()
+    loss, count = add_up(total).tolist()
     return loss / count
 
 
-def write_checkpoint(*folders):
-    """Copy the run to the memory of the CPU, then write it to best or last, or both, while training goes on."""
-    for job in writing:  # one at a time
-        job.result()
-    for folder in folders if rank == 0 else ():
-        shutil.rmtree(folder.with_suffix('.new'), ignore_errors=True)
-        folder.with_suffix('.new').mkdir()
-    whole, tensors = gathered(), optimizer_state() | dict(expert_load=summed(model.expert_load.clone()))
-    held = last in folders and (fsdp or rank == 0)
-    moments = {name: tensor.detach().to('cpu', copy=True) for name, tensor in tensors.items() if held}
-    run_state = json.dumps(vars(state) | dict(scaler=scaler.state_dict(), settings=settings), indent=2)
-    writing[:] = [writer.submit(write_files, folders, whole, moments, run_state)]
+def report(val_loss):
+    """Log and print a validation loss, and the share of rows that each expert got since the last report."""
+    bits = val_loss / math.log(2) * tokens_per_byte
+    goal = '' if math.isnan(perfect) else f' (perfect: {perfect:.3f})'
+    line = f'step {state.step}: val loss {val_loss:.4f}{goal}, {bits:.4f} bits per byte'
+    row = dict(val_loss=val_loss, val_bpb=bits)
+    load = add_up(model.expert_load.clone()).cpu()
+    model.expert_load.zero_()
+    if load.any():  # there was a step
+        fraction = load / load.sum(1, keepdim=True).clamp(min=1)
+        dead = (load == 0).sum(1)
+        row |= dict(expert_load_max=fraction.amax(1).tolist(), expert_load_min=fraction.amin(1).tolist(),
+                    dead_experts=dead.tolist())
+        busiest = fraction.max() * load.size(1)
+        if busiest > 1.5:
+            line += f', the busiest expert has {busiest:.1f} x the mean load'
+        if dead.any():
+            line += f', {dead.sum()} experts get no token'
+    log(row)
+    say(line)
 
 
-def write_files(folders, whole, moments, run_state):
-    """Write folders atomically: to NAME.new, flushed to the disk, then renamed. last.old is the `last` before."""
-    if fsdp and last in folders:  # a file for each process; it returns when all are written
-        if device_type == 'cuda':
-            torch.cuda.set_device(device)  # a thread begins with the first GPU
-        storage = dcp.HuggingFaceStorageWriter(out / 'last.new', save_distributed=True)  # with threads it loses errors
-        try:
-            dcp.save(moments, storage_writer=storage, process_group=writers)
-        except dcp.api.CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
-    for folder in folders if rank == 0 else ():
-        new, old = folder.with_suffix('.new'), folder.with_suffix('.old')
-        whole.save_adapter(new) if whole.lora else whole.save_pretrained(new)
+def write_checkpoint(weights, moments):
+    """Write last.new, which becomes `last` when it is whole. The best is first copied to `best`, without
+    moments: a run that is killed in between is resumed before, and does this again."""
+    new = out / 'last.new'
+    state.scaler = scaler.state_dict()
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        if lora_rank:
+            model.save_adapter(new, weights)
+        else:
+            model.save_pretrained(new, weights=weights)
         write_json(new / 'meta.json', meta | dict(block_size=trained_on))
+        write_json(new / 'state.json', vars(state))
         if (data / 'tokenizer.tiktoken').exists():
             shutil.copy(data / 'tokenizer.tiktoken', new)
-        (new / 'state.json').write_text(run_state)
-        if folder == last and not fsdp:
-            save_file(moments, new / 'optimizer.safetensors')
-        for path in (*new.iterdir(), *([new] if hasattr(os, 'O_DIRECTORY') else [])):  # Windows opens no folders
-            handle = os.open(path, os.O_RDONLY if path == new else os.O_RDWR)
-            os.fsync(handle)
-            os.close(handle)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        if folder == best:
-            shutil.rmtree(old, ignore_errors=True)
+        if state.best_step == state.step:
+            shutil.rmtree(out / 'best.new', ignore_errors=True)
+            shutil.copytree(new, out / 'best.new')
+            put_in_place(best)
+            shutil.rmtree(out / 'best.old', ignore_errors=True)
+        save_file(moments, new / 'optimizer.safetensors')
+        put_in_place(last)
+    except OSError as error:
+        for name in ('last.new', 'best.new'):  # they may fill the disk
+            shutil.rmtree(out / name, ignore_errors=True)
+        config.fail(f'{error}; the checkpoints in {out} are whole')
 
 
-def log(**row):
-    if rank == 0:
-        bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        row |= dict.fromkeys(bad)  # to None, because JSON has no NaN
-        with open(out / 'metrics.jsonl', 'a') as file:
-            file.write(json.dumps(dict(step=state.step, tokens=state.tokens, **row)) + '\n')
-        if wandb_log:
-            wandb.log(row, step=state.step)
+def put_in_place(folder):
+    """Flush NAME.new to the disk, then rename it to NAME. What had that name becomes NAME.old."""
+    new = folder.with_suffix('.new')
+    old = folder.with_suffix('.old')
+    for path in new.iterdir():
+        with open(path, 'r+b') as file:
+            os.fsync(file.fileno())
+    if hasattr(os, 'O_DIRECTORY'):  # Windows opens no folders
+        handle = os.open(new, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+
+
+def log(row):
+    """Add a row to metrics.jsonl, and to Weights & Biases."""
+    if rank > 0 or eval_only:
+        return
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row[key] = None  # JSON has no NaN
+    with fail_on(OSError), open(out / 'metrics.jsonl', 'a') as file:
+        file.write(json.dumps(dict(step=state.step, tokens=state.tokens) | row) + '\n')
+    if wandb_log:
+        import wandb
+        wandb.log(row, step=state.step)
 
 
 def logged_rows():
@@ -550,136 +680,159 @@ def plot():
         return say('(pip install matplotlib, and the next run draws loss.png)')
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
     axes = figure.subplots()
+    rows = list(logged_rows())
     for key, label, style in (('train_loss', 'training', '-'), ('val_loss', 'validation', 'o-')):
-        points = np.array([(row['step'], row[key]) for row in logged_rows() if row.get(key)]).reshape(-1, 2)
-        axes.plot(*points.T, style, label=label, markersize=4, linewidth=1.2)
+        points = [(row['step'], row[key]) for row in rows if row.get(key)]
+        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=label, markersize=4, linewidth=1.2)
     if not math.isnan(perfect):
         axes.axhline(perfect, color='gray', linestyle=':')
         axes.text(0, perfect, f'perfect model: {perfect:.3f}', va='bottom')
-    total, active = (f'{model.num_parameters(active) / 1e6:,.1f} M' for active in (False, True))
-    axes.set(title=f'{data.name}: {total} parameters, {active} active', xlabel='step', ylabel='loss (nats per token)',
-             yscale='log')
+    axes.set_title(f'{data.name}: {parameters / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active')
+    axes.set(xlabel='step', ylabel='loss (nats per token)', yscale='log')
     axes.yaxis.set_major_formatter('{x:g}')
-    axes.yaxis.set_minor_formatter('{x:g}')
     axes.legend()
-    figure.savefig(out / 'loss.png', dpi=120)
+    with fail_on(OSError):
+        figure.savefig(out / 'loss.png', dpi=120)
 
+
+def begin():
+    """Cut metrics.jsonl to the step of the checkpoint, remove a run that is replaced, and start wandb."""
+    rows = [row for row in logged_rows() if resumed and row['step'] <= state.step]  # others are logged again
+    if not resumed:
+        for folder in checkpoints:
+            shutil.rmtree(folder, ignore_errors=True)
+    with fail_on(OSError):
+        (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        (out / 'metrics.new').replace(out / 'metrics.jsonl')
+    if wandb_log:
+        with fail_on(Exception, '; pip install wandb, or drop --wandb_log'):  # it raises many types
+            import wandb
+            wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings,
+                       id=state.wandb or None, resume='allow')
+            state.wandb = wandb.run.id
+
+
+# --- the loop -----------------------------------------------------------------------------------------------
 
 def schedule(step):
     """The learning rates of a step as a fraction of their peaks: linear warm-up, then lr_schedule."""
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
-    fraction = dict(cosine=0.5 * (1 + math.cos(math.pi * done)), linear=min(1, (1 - done) / max(cooldown, 1e-9)),
-                    constant=1)[lr_schedule]
+    fraction = 1
+    if lr_schedule == 'cosine':
+        fraction = 0.5 * (1 + math.cos(math.pi * done))
+    if lr_schedule == 'linear':
+        fraction = min(1, (1 - done) / max(cooldown, 1e-9))
     return fraction + (1 - fraction) * min_lr / learning_rate
 
 
 def stop(number, frame):
-    """Finish the step, save, and end. A second Ctrl-C ends at once, except under torchrun, which repeats the first."""
+    """Finish the step, save, and end. A second Ctrl-C ends at once, but torchrun sends it twice by itself."""
     global stopped_by
     if stopped_by and number == signal.SIGINT and not distributed:
         raise KeyboardInterrupt
     stopped_by = signal.Signals(number).name
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-if rank == 0:
-    with one_line_errors():
-        rows = [row for row in logged_rows() if source and row['step'] <= state.step]  # later ones will be logged again
-        (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-        (out / 'metrics.new').replace(out / 'metrics.jsonl')
-    for folder in () if source else checkpoints:
-        shutil.rmtree(folder, ignore_errors=True)
-    if wandb_log:
-        try:
-            import wandb
-            wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings, id=state.wandb or None,
-                       resume='allow')
-            state.wandb = wandb.run.id
-        except Exception as error:  # it is not installed, or raises one of many types without a key or a network
-            config.fail(f'wandb cannot start ({type(error).__name__}: {error}); pip install wandb, or drop --wandb_log')
-say(f'{model.num_parameters():,} parameters, {model.num_parameters(active=True):,} of them active for a token; '
-    f'{sizes["train"]:,} training tokens; {f"{world} x " if distributed else ""}{device}, {dtype}'
-    f'{", compiled" if use_compile else ""}')
-stopped_by, stopping, seconds = None, False, []
+machine = f'{world} x {device}' if distributed else device
+parameters = model.num_parameters()
+active = model.num_parameters(active=True)
+say(f'{parameters:,} parameters, {active:,} of them active for a token; {sizes["train"]:,} training tokens; '
+    f'{machine}, {dtype}{", compiled" if use_compile else ""}')
+if eval_only:
+    with explain_torch(advice):
+        report(evaluate())
+    if distributed:
+        dist.destroy_process_group()
+    sys.exit()
+on_rank_0(begin)
+stopped_by = None
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
 progress = tqdm(total=max_iters, initial=state.step, unit='step', dynamic_ncols=True, disable=rank > 0)
-model.train()
-with one_line_errors():
+seconds = []  # of each step since the last row of metrics.jsonl
+bad_steps = 0  # in a row
+stopping = False
+net.train()
+with explain_torch(advice):
     if state.step == 0:
-        evaluate()
-    elif state.best_step == state.step:  # the run may have been killed before it wrote this one
-        write_checkpoint(best)
+        report(evaluate())
     while state.step < max_iters and not stopping:
-        began, rate = time.perf_counter(), schedule(state.step)
+        began = time.perf_counter()
+        rate = schedule(state.step)
         for optimizer, peak in zip(optimizers, (learning_rate, muon_lr)):
             for group in optimizer.param_groups:
                 group['lr'] = peak * rate
-        torch.manual_seed(seed + state.step + (rank << 40))  # dropout follows from the step, in a resumed run too
-        parts, totals = list(train_parts()), torch.zeros(3, device=device)
-        # the mean number of targets in a part of a batch; dividing by it gives every target of the step equal weight
-        count = summed(sum((y >= 0).sum() for _, y in parts)).clamp(min=1) / (micro_steps * world)
-        for micro_step, (x, y) in enumerate(parts, 1):
-            if fsdp:
-                model.set_requires_all_reduce(micro_step == micro_steps)  # between copies, once a step
-            elif distributed:
-                run.require_backward_grad_sync = micro_step == micro_steps
+
+        # forward and backward: this process has every world-th batch of the step
+        numbers = range(rank, gradient_accumulation_steps, world)
+        batches = [train_batch(number) for number in numbers]
+        # the mean number of targets in a batch; dividing by it gives every target of the step equal weight
+        count = add_up(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / gradient_accumulation_steps
+        totals = torch.zeros(3, device=device)
+        for number, (x, y) in zip(numbers, batches):
+            torch.manual_seed(seed + state.sequences + number)  # dropout follows from the batch
+            share_gradients(number == numbers[-1])
             with autocast:
-                loss = run(x, y, return_logits=False, count=count)[1]
-            scaler.scale(loss / micro_steps).backward()
-            totals += torch.stack((loss.detach(), model.balance, loss.new_tensor(stopped_by is not None)))
-        loss, balance, stopping = (summed(totals) / (micro_steps * world)).tolist()  # one stopped process stops all
+                loss = net(x, y, return_logits=False, count=count)[1]
+            scaler.scale(loss / len(batches)).backward()
+            totals[:2] += torch.stack((loss.detach(), model.balance))
+        totals[2] = stopped_by is not None  # one stopped process stops all
+        loss, balance, stopping = (add_up(totals) / gradient_accumulation_steps).tolist()
+
+        # the step, unless a number is not finite. scaler.step would skip it in float16 only
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        norm = (norm.full_tensor() if fsdp else norm).item()
+        norm = norm.full_tensor().item() if fsdp else norm.item()
         finite = math.isfinite(loss + norm)
         if finite:
-            for optimizer in optimizers:  # not scaler.step, because steps in bf16 and fp32 are skipped too
+            for optimizer in optimizers:
                 optimizer.step()
-        scaler.update()
+        scaler.update(None if finite else scaler.get_scale() / 2)  # on all processes together
         model.zero_grad(set_to_none=True)
 
         state.step += 1
         state.sequences += batch_size * gradient_accumulation_steps
         state.tokens += tokens_per_step
         state.skipped += not finite
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        state.losses.append((loss - model.config.router_aux_loss_coef * balance, balance))
+        state.losses.append((loss - router_aux_loss_coef * balance, balance))
+        bad_steps = 0 if finite else bad_steps + 1
+        stopping = stopping or bad_steps == 10
         seconds.append(time.perf_counter() - began)
         if state.step % log_interval == 0 or state.step == max_iters:
             train_loss, balance_loss = np.mean(state.losses, axis=0).tolist()
-            row = dict(train_loss=train_loss, balance_loss=balance_loss, lr=learning_rate * rate, grad_norm=norm,
-                       skipped=state.skipped, tokens_per_second=len(seconds) * tokens_per_step / sum(seconds))
+            speed = len(seconds) * tokens_per_step / sum(seconds)
+            row = dict(train_loss=train_loss, balance_loss=balance_loss, lr=learning_rate * rate,
+                       grad_norm=norm, skipped=state.skipped, tokens_per_second=speed)
             if peak_flops:
-                row['mfu'] = flops * row['tokens_per_second'] / peak_flops / world
-            log(**row)
-            progress.set_postfix(dict(loss=f'{train_loss:.3f}', tokens_per_s=f'{row["tokens_per_second"]:,.0f}'), False)
-            state.losses, seconds = [], []
-        stopping = stopping or state.skipped_in_a_row == 10
+                row['mfu'] = flops * speed / peak_flops / world
+            log(row)
+            progress.set_postfix_str(f'loss={train_loss:.3f}, tokens_per_s={speed:,.0f}', refresh=False)
+            state.losses = []
+            seconds = []
         evaluated = state.step % eval_interval == 0 or state.step == max_iters
-        if evaluated and (val_loss := evaluate()) < state.best_loss:
-            state.best_loss, state.best_step = val_loss, state.step
+        if evaluated:
+            val_loss = evaluate()
+            report(val_loss)
+            if val_loss < state.best_loss:
+                state.best_loss = val_loss
+                state.best_step = state.step
         if evaluated or stopping:
-            write_checkpoint(*((last, best) if state.best_step == state.step else (last,)))
-        elif writing and writing[0].done():
-            writing.pop().result()  # raises what went wrong in the thread
+            on_rank_0(write_checkpoint, *gather())
         with suppress(OSError):  # stderr may be closed
             progress.update()
-    for job in writing:
-        job.result()
-check(state.skipped_in_a_row < 10, 'the loss or its gradient was not finite in 10 steps in a row, which were skipped; '
-                                   f'{last} holds the weights. Try a lower --learning_rate')
 progress.close()
+check(bad_steps < 10, 'the loss or its gradient was not finite in 10 steps in a row, which were skipped; '
+                      f'{last} holds the weights. Try a lower --learning_rate')
 if state.step < max_iters:
     say(f'{stopped_by or "another process"} stopped the run after step {state.step}; --out_dir={out_dir} '
         '--init_from=resume continues it')
 elif rank == 0:
     plot()
-    say(f'done: best val loss {state.best_loss:.4f}; {best} and {last} hold the model, {out}/metrics.jsonl the numbers')
+    say(f'done: best val loss {state.best_loss:.4f}; {best} and {last} hold the model, {out}/metrics.jsonl '
+        'the numbers')
     if sample_tokens:
         command = [sys.executable, config.ROOT / 'sample.py', f'--out_dir={out_dir}', f'--device={device}',
                    f'--max_new_tokens={sample_tokens}', '--chat' if chats else f'--start={start}']

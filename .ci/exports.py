@@ -5,8 +5,9 @@ Open exports in other programs, and compare tokens and logits with those of our 
     python .ci/exports.py mlx-lm llama.cpp       # these programs, with the models of an earlier call
     EXPORTS=FOLDER python .ci/exports.py         # in this folder, not among the system's temporary files
 
-In a copy of the repository, small models are trained and exported. Each program has a virtual environment, in which
-this file runs again and adds rows to a table. llama.cpp is built from sources, with cmake and a compiler.
+In a copy of the repository, small models are trained and exported. Each program has a virtual environment, in
+which this file runs again and adds rows to a table. llama.cpp is built from sources, with cmake and a
+compiler.
 """
 
 import json
@@ -25,61 +26,71 @@ from types import SimpleNamespace
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path(os.environ.get('EXPORTS') or Path(tempfile.gettempdir(), 'nano-gpt-oss-exports')).resolve()
-WORK, TABLE = FOLDER / 'work', FOLDER / 'table.md'
+TEMPORARY = Path(tempfile.gettempdir(), 'nano-gpt-oss-exports')
+FOLDER = Path(os.environ.get('EXPORTS') or TEMPORARY).resolve()
+WORK = FOLDER / 'work'
+TABLE = FOLDER / 'table.md'
 BINDING = FOLDER / 'llama_cpp_python-0.3.36'  # its source distribution holds llama.cpp
 LLAMA = BINDING / 'vendor' / 'llama.cpp'
 LENGTH = 60  # tokens of a greedy continuation
 
-CHATS = [[dict(role='user', content=light), dict(role='assistant', thinking='A traffic light.', content=answer)]
-         for light, answer in dict(red='stop', green='go', yellow='wait').items()]
+THOUGHT = 'A traffic light.'
+CHATS = []
+for light, answer in dict(red='stop', green='go', yellow='wait').items():
+    question = dict(role='user', content=light)
+    CHATS.append([question, dict(role='assistant', thinking=THOUGHT, content=answer)])
 CHATS += [[dict(role='system', content='Be brief.'), *CHATS[0], *CHATS[1]],
           [CHATS[2][0], dict(role='assistant', content='wait')]]
-QUESTION, ANSWER = CHATS[1][:1], ('A traffic light.', 'go')
-TEXT = "It's 1234567 o'clock!  \u00dcbermut,\n\n\tna\u00efve \u65e5\u672c\u8a9e \U0001f642 don't... we'll x_1=2;   end "
+QUESTION = CHATS[1][:1]  # its answer is 'go'
+TEXT = ("It's 1234567 o'clock!  \u00dcbermut,\n\n\tna\u00efve \u65e5\u672c\u8a9e \U0001f642 "
+        "don't... we'll x_1=2;   end ")
 
-# The README's way from nothing to a story. The text is told in llama.cpp.
-STORY = ['python train.py',
-         'python sample.py --export=story',
-         'python .ci/llama_cpp_convert.py llama.cpp gpt-2 story --outfile=story.gguf',
-         'llama.cpp/build/bin/llama-simple -m story.gguf -n 200 "Once upon a time"']
-# Others round the ends of YaRN's ramp, except for onnxruntime-genai and transformers, which compare `story` too.
-TRAIN = 'python train.py --rope_truncate=True --eval_interval=50 --eval_iters=2 --sample_tokens=0 --batch_size=4'
-RUNS = [STORY[0],
-        f'{TRAIN} --out_dir=out-exact --init_from=out/best --max_iters=50',
-        f'{TRAIN} --out_dir=out-adapters --init_from=out-exact/best --max_iters=50 --lora_rank=4',
-        f'{TRAIN} --out_dir=out-tied --max_iters=100 --tie_word_embeddings=True',
-        'python prepare.py --dataset=builtin --megabytes=1 --tokenizer=gpt2 --data_dir=data/gpt2',
-        f'{TRAIN} --out_dir=out-gpt2 --max_iters=50 --data_dir=data/gpt2',
-        'python prepare.py --dataset=chats.jsonl --tokenizer=bpe --vocab_size=300',
-        f'{TRAIN} --out_dir=out-chats --max_iters=150 --data_dir=data/chats --block_size=320']
-EXPORTS = {  # name: (its data, the command that writes it)
-    'story': ('builtin', STORY[1]),
-    'bf16': ('builtin', 'python sample.py --export=bf16 --out_dir=out-exact'),
-    'fp32': ('builtin', 'python sample.py --export=fp32 --out_dir=out-exact --dtype=float32'),
-    'mxfp4': ('builtin', 'python sample.py --export=mxfp4 --out_dir=out-exact --dtype=float32 --experts=mxfp4'),
-    'merged': ('builtin', 'python sample.py --export=merged --out_dir=out-adapters --dtype=float32'),
-    'tied': ('builtin', 'python sample.py --export=tied --out_dir=out-tied --dtype=float32 --experts=mxfp4'),
-    'gpt2': ('gpt2', 'python sample.py --export=gpt2 --out_dir=out-gpt2 --dtype=float32 --experts=mxfp4'),
-    'chat': ('chats', 'python sample.py --export=chat --out_dir=out-chats --dtype=float32 --experts=mxfp4')}
+# The README's way from nothing to a story: RUNS[0], the export `story`, and these two
+CONVERT = 'python .ci/llama_cpp_convert.py llama.cpp gpt-2 story --outfile=story.gguf'
+TELL = 'llama.cpp/build/bin/llama-simple -m story.gguf -n 200 "Once upon a time"'
+# Programs other than transformers and onnxruntime-genai round the ends of YaRN's ramp, and so do the models
+# that they are compared with.
+TRAIN = 'train.py --rope_truncate=True --eval_interval=50 --eval_iters=2 --sample_tokens=0 --batch_size=4'
+RUNS = [  # arguments of python
+    'train.py',
+    f'{TRAIN} --out_dir=out-exact --init_from=out/best --max_iters=50',
+    f'{TRAIN} --out_dir=out-adapters --init_from=out-exact/best --max_iters=50 --lora_rank=4',
+    f'{TRAIN} --out_dir=out-tied --max_iters=100 --tie_word_embeddings=True',
+    'prepare.py --dataset=builtin --megabytes=1 --tokenizer=gpt2 --data_dir=data/gpt2',
+    f'{TRAIN} --out_dir=out-gpt2 --max_iters=50 --data_dir=data/gpt2',
+    'prepare.py --dataset=chats.jsonl --tokenizer=bpe --vocab_size=300',
+    f'{TRAIN} --out_dir=out-chats --max_iters=150 --data_dir=data/chats --block_size=320']
+EXPORTS = {  # name: (its data, flags of sample.py)
+    'story': ('builtin', ''),
+    'bf16': ('builtin', '--out_dir=out-exact'),
+    'fp32': ('builtin', '--out_dir=out-exact --dtype=float32'),
+    'mxfp4': ('builtin', '--out_dir=out-exact --dtype=float32 --experts=mxfp4'),
+    'merged': ('builtin', '--out_dir=out-adapters --dtype=float32'),
+    'tied': ('builtin', '--out_dir=out-tied --dtype=float32 --experts=mxfp4'),
+    'gpt2': ('gpt2', '--out_dir=out-gpt2 --dtype=float32 --experts=mxfp4'),
+    'chat': ('chats', '--out_dir=out-chats --dtype=float32 --experts=mxfp4')}
 
 
-# --- the exports, and what our code makes of them --------------------------------------------------------------------
+# --- the exports, and what our code makes of them -----------------------------------------------------------
 
 def add_row(program, what, figure, good=None):
-    """Add a row to the table. program: NAME==VERSION. Without a verdict, the figure says why there is none."""
+    """Add a row to the table. program: NAME==VERSION. Without a verdict, the figure says why there is
+    none."""
     name, _, version = program.partition('==')
     verdict = {True: 'PASS', False: 'FAIL', None: 'not tried'}[good]
-    row = ' | '.join((name, version, what, ' '.join(str(figure).replace('|', '/').split())[:160], verdict))
+    figure = ' '.join(str(figure).replace('|', '/').split())[:160]
+    row = ' | '.join((name, version, what, figure, verdict))
     print(f'| {row} |', flush=True)
     with open(TABLE, 'a') as table:
         table.write(f'| {row} |\n')
 
 
 def command(line):
-    """Run a command in the copy of the repository, with the Python that runs this, and return what it prints."""
+    """Run a command in the copy of the repository, with the Python that runs this, and return what it
+    prints."""
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    done = subprocess.run(line, shell=True, cwd=WORK, env=os.environ | dict(PATH=path), capture_output=True, text=True)
+    environment = os.environ | dict(PATH=path)
+    done = subprocess.run(line, shell=True, cwd=WORK, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ChildProcessError(f'{done.stderr.strip()[-300:]}')
     return done.stdout
@@ -87,12 +98,15 @@ def command(line):
 
 def make_exports():
     shutil.rmtree(WORK, ignore_errors=True)
-    shutil.copytree(ROOT, WORK, ignore=shutil.ignore_patterns('.git', 'data', 'out*', '__pycache__'))
+    ignored = shutil.ignore_patterns('.git', 'data', 'out*', '__pycache__')
+    shutil.copytree(ROOT, WORK, ignore=ignored)
     (WORK / 'llama.cpp').symlink_to(LLAMA)
-    (WORK / 'chats.jsonl').write_text(''.join(json.dumps(dict(messages=chat)) + '\n' for chat in CHATS * 12))
-    for line in RUNS + [line for _, line in EXPORTS.values()]:
+    lines = [json.dumps(dict(messages=chat)) + '\n' for chat in CHATS * 12]
+    (WORK / 'chats.jsonl').write_text(''.join(lines))
+    exports = [f'sample.py --export={name} {flags}' for name, (_, flags) in EXPORTS.items()]
+    for line in RUNS + exports:
         try:
-            command(line)
+            command(f'python {line}')
         except ChildProcessError as error:
             add_row('nano-gpt-oss', line, error, False)
     for name in EXPORTS:
@@ -101,13 +115,16 @@ def make_exports():
 
 
 def write_reference(name):
-    """Write what our code makes of an export: a greedy continuation, or an answer, and its logits; tokens of texts."""
+    """Write what our code makes of an export: a greedy continuation, or an answer, and its logits; the tokens
+    of texts."""
     sys.path.insert(0, str(WORK))
     import torch
     from model import GPT, read_json
     from prepare import Chat, encode_text, encode_turn, load_tokenizer
-    model, encoder = GPT.from_pretrained(WORK / name, torch.float32), load_tokenizer(WORK / name)
-    ours, data = dict(text=encode_text(encoder, TEXT)), WORK / 'data' / EXPORTS[name][0]
+    model = GPT.from_pretrained(WORK / name, torch.float32)
+    encoder = load_tokenizer(WORK / name)
+    data = WORK / 'data' / EXPORTS[name][0]
+    ours = dict(text=encode_text(encoder, TEXT))
     if '<|start|>' in encoder.special_tokens_set:
         ours['prompt'] = Chat(QUESTION).prompt(encoder)
         ours['examples'] = [encode_turn(encoder, Chat(chat).turns[-1]) for chat in CHATS]
@@ -116,7 +133,8 @@ def write_reference(name):
         ends = np.flatnonzero(tokens == encoder.eot_token)
         begin = ends[ends > 110][0]
         ours['prompt'] = tokens[begin - 106:begin + 30].tolist()
-    n, stops = len(ours['prompt']), read_json(WORK / name / 'generation_config.json')['eos_token_id']
+    n = len(ours['prompt'])
+    stops = read_json(WORK / name / 'generation_config.json')['eos_token_id']
     everything = model.generate(torch.tensor([ours['prompt']]), LENGTH, temperature=0)
     ours['tokens'] = everything[0, n:].tolist()
     stop = next((i for i, token in enumerate(ours['tokens'], 1) if token in stops), LENGTH)
@@ -126,19 +144,22 @@ def write_reference(name):
     (WORK / f'{name}.json').write_text(json.dumps(ours))
 
 
-# --- the programs: functions of an export and our results, which yield rows (what, figure, whether it is good) --------
+# --- the programs: functions of an export and our results. They yield rows (what, figure, whether it is good)
 
 def same(what, found, expected):
     """A row on lists that should be equal."""
-    equal = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
+    equal = 0
+    while equal < min(len(found), len(expected)) and found[equal] == expected[equal]:
+        equal += 1
     return what, f'{equal} of {len(expected)}', list(found) == list(expected)
 
 
 def close(logits, expected, limit=1e-4):
-    """A row on logits (T, V), up to a constant. With a limit of 0 the loss is compared: llama.cpp rounds activations to
-    8 bits or bf16 there, which moves a log-probability by 0.02, so the mean of 60 by some thousandths."""
-    logits, expected = np.asarray(logits, np.float64), np.asarray(expected, np.float64)
-    logits, expected = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (logits, expected))
+    """A row on logits (T, V), up to a constant. With a limit of 0 the loss is compared: llama.cpp rounds
+    activations to 8 bits or bf16 there, which moves a log-probability by 0.02, so the mean of 60 by some
+    thousandths."""
+    logits = log_softmax(logits)
+    expected = log_softmax(expected)
     if limit:
         worst = np.abs(logits - expected).max()
         return 'log-probabilities', f'{worst:.1g} apart at most (limit {limit:g})', worst <= limit
@@ -147,24 +168,32 @@ def close(logits, expected, limit=1e-4):
     return 'loss of our tokens', f'{apart:.1g} nats apart (limit 0.01)', apart <= 0.01
 
 
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
 def transformers(folder, ours):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype='float32').float()  # MXFP4 is unpacked to bf16
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype='float32')
+    model = model.float()  # MXFP4 is unpacked to bf16
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt, n = torch.tensor([ours.prompt]), len(ours.prompt)
+    prompt = torch.tensor([ours.prompt])
+    n = len(ours.prompt)
     options = dict(max_new_tokens=len(ours.tokens), do_sample=False)
     found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, n:]
     yield same('greedy tokens', found.tolist(), ours.tokens)
     logits = model(torch.tensor([ours.prompt + ours.tokens])).logits[0, n - 1:-1]
     yield close(logits.detach(), ours.logits)
     yield same('tokens of a text', tokenizer.encode(TEXT), ours.text)
-    expected = tokenizer.decode(model.generate(**tokenizer(TEXT, return_tensors='pt'), **options)[0], True)
-    found = pipeline('text-generation', model, tokenizer=tokenizer)(
-        TEXT, **options, clean_up_tokenization_spaces=False)  # 4.57 would drop spaces before full stops
-    yield same('characters of a pipeline', found[0]['generated_text'], expected)
+    tokens = model.generate(**tokenizer(TEXT, return_tensors='pt'), **options)[0]
+    options['clean_up_tokenization_spaces'] = False  # 4.57 would drop spaces before full stops
+    found = pipeline('text-generation', model, tokenizer=tokenizer)(TEXT, **options)
+    yield same('characters of a pipeline', found[0]['generated_text'], tokenizer.decode(tokens, True))
     if hasattr(ours, 'examples'):
-        chat = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
+        options = dict(add_generation_prompt=True, return_dict=True)
+        chat = tokenizer.apply_chat_template(QUESTION, **options)
         yield same('chat template', chat['input_ids'], ours.prompt)
 
 
@@ -179,15 +208,17 @@ def mlx_lm(folder, ours):
     yield close(np.array(logits.astype(mx.float32)), ours.logits, 1e-3)
     yield same('tokens of a text', tokenizer.encode(TEXT), ours.text)
     if hasattr(ours, 'examples'):
-        yield same('chat template', tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True), ours.prompt)
+        found = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+        yield same('chat template', found, ours.prompt)
 
 
 def onnxruntime_genai(folder, ours):
     import onnxruntime_genai as og
     onnx = FOLDER / 'onnx'
     shutil.rmtree(onnx, ignore_errors=True)
-    build = ['-m', 'onnxruntime_genai.models.builder', '-i', folder, '-o', onnx, '-c', FOLDER / 'onnx-cache']
-    subprocess.run([sys.executable, *build, '-p', 'fp32', '-e', 'cpu'], check=True)
+    build = ['-m', 'onnxruntime_genai.models.builder', '-i', folder, '-o', onnx]
+    build += ['-c', FOLDER / 'onnx-cache', '-p', 'fp32', '-e', 'cpu']
+    subprocess.run([sys.executable, *build], check=True)
     model = og.Model(str(onnx))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=len(ours.prompt + ours.tokens))
@@ -197,66 +228,86 @@ def onnxruntime_genai(folder, ours):
     for _ in ours.tokens:
         logits.append(generator.get_logits()[0, -1])
         generator.generate_next_token()
-    yield same('greedy tokens', generator.get_sequence(0)[len(ours.prompt):].tolist(), ours.tokens)
+    found = generator.get_sequence(0)[len(ours.prompt):].tolist()
+    yield same('greedy tokens', found, ours.tokens)
     yield close(logits, ours.logits)
     yield same('tokens of a text', og.Tokenizer(model).encode(TEXT).tolist(), ours.text)
 
 
 def peft(folder, ours):
-    """Our adapters on their base there must equal their merged export here; then adapters of PEFT, read here."""
+    """Our adapters on their base there must equal their merged export here. Then adapters of PEFT are read
+    here."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
     from model import GPT
-    tokens, n = torch.tensor([ours.prompt + ours.tokens]), len(ours.prompt)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(WORK / 'out-exact/best'),
-                                      WORK / 'out-adapters/best')
-    found = model.generate(input_ids=tokens[:, :n], attention_mask=torch.ones(1, n), max_new_tokens=len(ours.tokens),
-                           do_sample=False)[0, n:]
+    tokens = torch.tensor([ours.prompt + ours.tokens])
+    n = len(ours.prompt)
+    base = AutoModelForCausalLM.from_pretrained(WORK / 'out-exact/best')
+    model = PeftModel.from_pretrained(base, WORK / 'out-adapters/best')
+    options = dict(max_new_tokens=len(ours.tokens), do_sample=False)
+    found = model.generate(input_ids=tokens[:, :n], attention_mask=torch.ones(1, n), **options)[0, n:]
     yield same('greedy tokens', found.tolist(), ours.tokens)
     yield close(model(tokens).logits[0, n - 1:-1].detach(), ours.logits)
     options = LoraConfig(
         r=4, lora_alpha=8, init_lora_weights=False, task_type='CAUSAL_LM',
         target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'],
         target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(WORK / 'fp32'), options).eval()
+    base = AutoModelForCausalLM.from_pretrained(WORK / 'fp32')
+    model = get_peft_model(base, options).eval()
     model.save_pretrained(WORK / 'peft')
-    logits = GPT.from_pretrained(WORK / 'peft', torch.float32)(tokens[:, :-1], tokens[:, 1:])[0][0, n - 1:].detach()
-    what, *result = close(model(tokens).logits[0, n - 1:-1].detach(), logits)
+    read_here = GPT.from_pretrained(WORK / 'peft', torch.float32)
+    logits, _ = read_here(tokens[:, :-1], tokens[:, 1:])
+    found = model(tokens).logits[0, n - 1:-1].detach()
+    what, *result = close(found, logits[0, n - 1:].detach())
     yield f"PEFT's adapters, read here: {what}", *result
 
 
 def trl(folder, ours):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    options = SFTConfig(str(WORK / 'trl'), assistant_only_loss=True, max_length=None, max_steps=1, learning_rate=1e-6,
-                        use_cpu=True, bf16=False, report_to='none')
+    options = SFTConfig(
+        str(WORK / 'trl'), assistant_only_loss=True, max_length=None, max_steps=1, learning_rate=1e-6,
+        use_cpu=True, bf16=False, report_to='none')
     chats = Dataset.from_list([dict(messages=chat) for chat in CHATS])
     trainer = SFTTrainer(str(folder), options, train_dataset=chats)
-    found = [[row['input_ids'], [int(label >= 0) for label in row['labels']]] for row in trainer.train_dataset]
+    found = []
+    for row in trainer.train_dataset:
+        mask = [int(label >= 0) for label in row['labels']]
+        found.append([row['input_ids'], mask])
     yield same("chats with the tokens and mask of prepare.py's", found, ours.examples)
     loss = trainer.train().training_loss
     yield 'a step of SFT', f'loss {loss:.3f}', loss < 1
     trainer.save_model()
-    text = subprocess.run([os.environ['PYTHON'], 'sample.py', '--init_from=trl', '--chat', '--temperature=0'],
-                          cwd=WORK, input='green', capture_output=True, text=True)
-    yield "sample.py with TRL's folder", text.stdout + text.stderr, all(part in text.stdout for part in ANSWER)
+    sample = [os.environ['PYTHON'], 'sample.py', '--init_from=trl', '--chat', '--temperature=0']
+    options = dict(cwd=WORK, input='green', capture_output=True, text=True)
+    text = subprocess.run(sample, **options)
+    good = THOUGHT in text.stdout and 'go' in text.stdout
+    yield "sample.py with TRL's folder", text.stdout + text.stderr, good
+
+
+def convert_to_gguf(name):
+    """Write NAME.gguf from an export by the README's command. Only for `story` the converter picks the
+    type."""
+    convert = CONVERT.replace('story', name)
+    if name != 'story':
+        convert += ' --outtype=bf16' if name == 'bf16' else ' --outtype=f32'
+    if name == 'gpt2':  # a vocabulary that the converter knows
+        ours = '.ci/llama_cpp_convert.py llama.cpp gpt-2'
+        convert = convert.replace(ours, 'llama.cpp/convert_hf_to_gguf.py')
+    command(convert)
 
 
 def llama_cpp(folder, ours):
     sys.path.insert(0, str(BINDING))
     os.environ['LLAMA_CPP_LIB_PATH'] = str(LLAMA / 'build' / 'bin')
     from llama_cpp import GGML_TYPE_F32, Llama
-    kind = 'bf16' if folder.name == 'bf16' else 'f32'
-    convert = STORY[2].replace('story', folder.name) + f' --outtype={kind}' * (folder.name != 'story')
-    if folder.name == 'gpt2':  # a vocabulary that the converter knows
-        convert = convert.replace('.ci/llama_cpp_convert.py llama.cpp gpt-2', 'llama.cpp/convert_hf_to_gguf.py')
-    command(convert)
+    convert_to_gguf(folder.name)
     if folder.name == 'story':
-        story = command(STORY[3])
+        story = command(TELL)
         yield 'text of the four commands', story, story.count('.') > 5
-    model = Llama(f'{folder}.gguf', n_ctx=512, logits_all=True, type_k=GGML_TYPE_F32,
-                  type_v=GGML_TYPE_F32, verbose=False)
+    options = dict(n_ctx=512, logits_all=True, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+    model = Llama(f'{folder}.gguf', **options, verbose=False)
     n = len(ours.prompt)
     model.eval(ours.prompt)
     for i in range(len(ours.tokens)):
@@ -265,11 +316,13 @@ def llama_cpp(folder, ours):
         yield same('greedy tokens', model.input_ids[n:model.n_tokens].tolist(), ours.tokens)
     model.reset()
     model.eval(ours.prompt + ours.tokens)
-    yield close(model.scores[n - 1:model.n_tokens - 1], ours.logits, 1e-4 * (folder.name in ('fp32', 'merged')))
+    limit = 1e-4 if folder.name in ('fp32', 'merged') else 0
+    yield close(model.scores[n - 1:model.n_tokens - 1], ours.logits, limit)
     yield same('tokens of a text', model.tokenize(TEXT.encode(), add_bos=False), ours.text)
     if hasattr(ours, 'examples'):
-        answer = model.create_chat_completion(QUESTION, temperature=0, max_tokens=60)['choices'][0]['message']
-        yield 'answer to a chat', answer['content'], all(text in answer['content'] for text in ANSWER)
+        found = model.create_chat_completion(QUESTION, temperature=0, max_tokens=60)
+        answer = found['choices'][0]['message']['content']
+        yield 'answer to a chat', answer, THOUGHT in answer and 'go' in answer
 
 
 PROGRAMS = {  # name and version: (function, exports, packages)
@@ -279,12 +332,15 @@ PROGRAMS = {  # name and version: (function, exports, packages)
     'peft==0.21.2': (peft, ['merged'], 'peft==0.21.2 transformers==5.24.0'),
     'trl==1.16.0': (trl, ['chat'], 'trl==1.16.0 transformers==5.24.0'),
     'mlx-lm==0.32.2': (mlx_lm, ['mxfp4', 'tied', 'gpt2', 'chat'], 'mlx-lm==0.32.2 mlx[cpu]'),
-    'onnxruntime-genai==0.18.0': (onnxruntime_genai, ['story'],
-                                  'onnxruntime-genai==0.18.0 onnx onnx-ir transformers==5.24.0'),
+    'onnxruntime-genai==0.18.0': (
+        onnxruntime_genai, ['story'],
+        'onnxruntime-genai==0.18.0 onnx onnx-ir transformers==5.24.0'),
     'llama.cpp==llama-cpp-python 0.3.36': (llama_cpp, EXPORTS, 'transformers==4.57.6 diskcache jinja2')}
-NOT_TRIED = {'mlx-lm==0.32.2': ('fp32, bf16', 'it reads experts in MXFP4 alone'),
-             'vLLM': ('all', 'its loader was read'), 'SGLang': ('all', 'its loader was read'),
-             'Ollama': ('all', 'its loader was read')}
+NOT_TRIED = {
+    'mlx-lm==0.32.2': ('fp32, bf16', 'it reads experts in MXFP4 alone'),
+    'vLLM': ('all', 'its loader was read'),
+    'SGLang': ('all', 'its loader was read'),
+    'Ollama': ('all', 'its loader was read')}
 
 
 def inside(program):
@@ -308,8 +364,10 @@ def environment(program, packages):
     if not (folder / 'complete').exists():
         venv.create(folder, clear=True, with_pip=True)
         site = next(folder.glob('lib/*/site-packages'))
-        (site / 'project.pth').write_text(sysconfig.get_path('purelib'))  # torch is not installed again
-        subprocess.run([folder / 'bin/pip', 'install', '-q', *packages.split()], check=True)
+        ours = sysconfig.get_path('purelib')
+        (site / 'project.pth').write_text(ours)  # torch is not installed again
+        pip = [folder / 'bin/pip', 'install', '-q', *packages.split()]
+        subprocess.run(pip, check=True)
         (folder / 'complete').touch()
     return folder / 'bin' / 'python'
 
@@ -319,13 +377,14 @@ def build_llama_cpp():
     if (LLAMA / 'build/bin/llama-simple').exists():
         return
     package = BINDING.name.replace('-', '==')
-    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary=:all:', '-d', FOLDER, package]
-    subprocess.run(pip, check=True)
+    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary=:all:', '-d', FOLDER]
+    subprocess.run([*pip, package], check=True)
     with tarfile.open(f'{BINDING}.tar.gz') as archive:
         archive.extractall(FOLDER)
     options = '-DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF'
-    subprocess.run(['cmake', '-B', 'build', *options.split()], cwd=LLAMA, check=True)
-    subprocess.run(f'cmake --build build -j {os.cpu_count()} -t llama-simple'.split(), cwd=LLAMA, check=True)
+    build = f'cmake --build build -j {os.cpu_count()} -t llama-simple'
+    for line in (f'cmake -B build {options}', build):
+        subprocess.run(line.split(), cwd=LLAMA, check=True)
 
 
 def main():
@@ -346,9 +405,10 @@ def main():
         except (subprocess.CalledProcessError, OSError) as error:
             add_row(program, 'installation', error)
             continue
+        environment = os.environ | dict(PYTHON=sys.executable)
         with open(FOLDER / f'{program}.log', 'w') as log:
-            subprocess.run([python, __file__, 'inside', program], env=os.environ | dict(PYTHON=sys.executable),
-                           stdout=log, stderr=log)
+            again = [python, __file__, 'inside', program]
+            subprocess.run(again, env=environment, stdout=log, stderr=log)
     for program, (what, why) in NOT_TRIED.items():
         add_row(program, what, why)
     print(TABLE.read_text())

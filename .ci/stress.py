@@ -1,13 +1,13 @@
 """
-The long checks: runs that are killed, that lose their disk or their data, that several processes share, and input that
-is damaged or random. test_model.py holds the short ones.
+The long checks: runs that are killed, that lose their disk or their data, that several processes share, and
+input that is damaged or random. test_model.py holds the short ones.
 
-    pytest -q .ci/stress.py                       # all, two to three hours on two cores
-    pytest -q .ci/stress.py -k killed             # one part
-    NUMBER=50 pytest -q .ci/stress.py             # 50 mutations and random commands of each kind instead of 1,000
+    pytest -q .ci/stress.py                  # all, one to two hours on two cores
+    pytest -q .ci/stress.py -k killed        # one part
+    NUMBER=50 pytest -q .ci/stress.py        # 50 mutations and random commands of each kind instead of 1,000
 
-A damaged file must be refused, with one line and exit status 2, or be harmless. There are no checksums, so a changed
-value inside a tensor is harmless by this definition.
+A damaged file must be refused, with one line and exit status 2, or be harmless. There are no checksums, so a
+changed value inside a tensor is harmless by this definition.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import resource
@@ -27,7 +27,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -49,20 +48,27 @@ from safetensors.torch import load_file
 from model import GPT, GPTConfig
 from prepare import load_tokenizer, text_file
 
-NUMBER = int(os.environ.get('NUMBER', 1000))  # mutations of each kind, random commands; a twentieth of it: kills
-MODEL = '--hidden_size=32 --intermediate_size=32 --num_hidden_layers=2 --block_size=16 --batch_size=4'.split()
+NUMBER = int(os.environ.get('NUMBER', 1000))  # mutations of each kind, random commands; a 40th of it: kills
+MODEL = '''--hidden_size=32 --intermediate_size=32 --num_hidden_layers=2 --block_size=16
+           --batch_size=4'''.split()
 CPU = '--eval_iters=2 --sample_tokens=0 --device=cpu --dtype=float32'.split()
-SHORT = [*MODEL, *CPU, *'--max_iters=24 --eval_interval=6 --log_interval=4 --dropout=0.1 --warmup_iters=3'.split()]
-SHARED = [*CPU, *'--max_iters=50 --eval_interval=4 --log_interval=1 --warmup_iters=3'.split()]
+SHORT = [*MODEL, *CPU, '--max_iters=24', '--eval_interval=6', '--log_interval=4', '--dropout=0.1',
+         '--warmup_iters=3']
+SHARED = [*CPU, '--max_iters=50', '--eval_interval=4', '--log_interval=1', '--warmup_iters=3',
+          '--batch_size=2', '--gradient_accumulation_steps=4']
+FSDP = ['--fsdp=True']
+TWO_BY_TWO = ['--fsdp=True', '--shard_size=2']
 
 
-# --- scripts, in this process and in others --------------------------------------------------------------------------
+# --- scripts, in this process and in others -----------------------------------------------------------------
 
 def run(script, *arguments):
     """Run a script in this process -> (exit status, stderr)."""
-    err, status = io.StringIO(), 0
+    err = io.StringIO()
+    status = 0
     handlers = mock.patch('signal.signal')  # Ctrl-C and the alarm of `fuzz` keep theirs
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), handlers:
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet, contextlib.redirect_stderr(err), handlers:
         sys.argv = [script, *map(str, arguments)]
         try:
             runpy.run_path(str(ROOT / script), run_name='__main__')
@@ -72,9 +78,14 @@ def run(script, *arguments):
     return status, err.getvalue()
 
 
+def find_messages(script, printed):
+    """The lines `script: message`, or `script (rank 1): message` under torchrun."""
+    return [line for line in printed.splitlines() if f'{script}: ' in line or f'{script} (rank ' in line]
+
+
 def assert_refused(script, status, err, *words):
-    """Exit status 2 and one line `script: message`, which holds the words."""
-    messages = [line for line in err.splitlines() if f'{script}: ' in line]
+    """Exit status 2 and one message, which holds the words."""
+    messages = find_messages(script, err)
     assert status == 2 and 'Traceback' not in err and len(messages) == 1, err
     assert all(str(word) in messages[0] for word in words), err
 
@@ -85,11 +96,13 @@ def assert_harmless(script, status, err):
         assert_refused(script, status, err)
 
 
-def child(script, arguments, log, environment, trap):
+def child(script, arguments, log, folder, environment, trap):
     """The main function of the processes of `start`."""
     with open(log, 'w') as file:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     os.setpgrp()  # signals to this group reach no other process
+    os.chdir(folder)
     os.environ.update(environment)
     set_trap(*trap)
     sys.argv = [script, *map(str, arguments)]
@@ -97,19 +110,20 @@ def child(script, arguments, log, environment, trap):
 
 
 def set_trap(where=None, number=1, sent=signal.SIGTERM):
-    """Send this process a signal right after the number-th optimizer step, forward pass of an evaluation, copy of a
-    checkpoint to memory, save of tensors (`part`: of a process's part of them), or change of a file. A file opened for
+    """Send this process a signal right after the number-th optimizer step, forward pass of an evaluation,
+    copy of the optimizers' state for a checkpoint, save of tensors, or change of a file. A file opened for
     writing is empty at that moment. sent=None: raise what a full disk raises."""
     count = itertools.count(1)
+    save = [(safetensors.torch, 'save_file')]
     changes = [(os, name) for name in ('fsync', 'rename', 'replace', 'unlink', 'rmdir', 'mkdir')]
+    changes += [(io, 'open'), (shutil, 'copyfile'), *save]
     functions = dict(step=[(torch.optim.AdamW, 'step')], evaluation=[(GPT, 'hidden_states')],
-                     copy=[(torch.optim.AdamW, 'state_dict')], save=[(safetensors.torch, 'save_file')],
-                     part=[(safetensors.torch, 'save')],
-                     file=[*changes, (io, 'open'), (safetensors.torch, 'save_file')])
+                     copy=[(torch.optim.AdamW, 'state_dict')], save=save, file=changes)
     for owner, name in functions.get(where, []):
         def trapped(*arguments, function=getattr(owner, name), **options):
             result = function(*arguments, **options)
-            if (where != 'evaluation' or not arguments[0].training) and next(count) == number:
+            training = where == 'evaluation' and arguments[0].training
+            if not training and next(count) == number:
                 if sent is None:
                     raise OSError(28, 'No space left on device')
                 os.kill(os.getpid(), sent)
@@ -118,28 +132,39 @@ def set_trap(where=None, number=1, sent=signal.SIGTERM):
         setattr(owner, name, trapped)
 
 
-def start(log, script, *arguments, trap=(), **environment):
-    """Run a script in a process of its own, with its output in a file. A fork saves the seconds of the imports."""
+def start(log, script, *arguments, trap=(), folder='.', **environment):
+    """Run a script in a process of its own, with its output in a file. A fork saves the seconds of the
+    imports."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['stress', 'torch._dynamo', 'torch.distributed.checkpoint'])
-    process = context.Process(target=child, args=(script, arguments, log, environment, trap))
+    modules = ['stress', 'torch._dynamo', 'torch.distributed.checkpoint', 'torch.distributed.fsdp']
+    context.set_forkserver_preload(modules)
+    inputs = script, arguments, log, folder, environment, trap
+    process = context.Process(target=child, args=inputs)
     process.start()
     process.log = log
     return process
 
 
-def start_processes(number, log, *arguments, trap=()):
-    """train.py in as many processes as torchrun would start, with output in log0, log1, ... The last has the trap."""
+def start_processes(number, log, *arguments, trap=(), trapped=-1, folders=()):
+    """train.py in as many processes as torchrun would start, with output in log0, log1, ... The process of
+    rank `trapped` has the trap; -1: the last. With folders each process runs in its own, as a node does on
+    its own disk."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    return [start(Path(f'{log}{rank}'), 'train.py', *arguments, trap=trap if rank == number - 1 else (),
-                  RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR='127.0.0.1',
-                  MASTER_PORT=port) for rank in range(number)]
+    processes = []
+    for rank in range(number):
+        environment = dict(RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        environment['LOCAL_RANK'] = '0' if folders else str(rank)
+        processes.append(start(
+            Path(f'{log}{rank}'), 'train.py', *arguments, trap=trap if rank == trapped % number else (),
+            folder=folders[rank] if folders else '.', **environment))
+    return processes
 
 
 def ended(process):
-    """(exit status, output) of a process that `start` gave. It is killed after ten minutes (torch.compile is slow)."""
+    """(exit status, output) of a process that `start` gave. It is killed after ten minutes: torch.compile is
+    slow."""
     process.join(600)
     process.kill()
     process.join()
@@ -149,48 +174,72 @@ def ended(process):
 def done(*processes):
     """The output of the first of these processes, once all have ended well."""
     results = [ended(process) for process in processes]
-    assert all(status == 0 and 'Traceback' not in printed for status, printed in results), results
+    for status, printed in results:
+        assert status == 0 and 'Traceback' not in printed, results
     return results[0][1]
 
 
-# --- data and runs to compare with -----------------------------------------------------------------------------------
+def assert_all_end(processes, killed=None):
+    """All processes end within a minute of the first that ends, without a traceback. A killed one has status
+    -9, the others have 2 and at most one message -> {rank: output}."""
+    multiprocessing.connection.wait([process.sentinel for process in processes], timeout=600)
+    began = time.time()
+    results = [ended(process) for process in processes]
+    assert time.time() - began < 60, results
+    for rank, (status, printed) in enumerate(results):
+        assert status == (-9 if rank == killed else 2), results
+        assert 'Traceback' not in printed and len(find_messages('train.py', printed)) <= 1, results
+    return {rank: printed for rank, (_, printed) in enumerate(results)}
 
-def make_data(folder):
+
+# --- data and runs to compare with --------------------------------------------------------------------------
+
+def make_data(folder, text='the quick brown fox jumps over the lazy dog\n'):
     """A text, prepared by character in folder/data."""
-    (folder / 'text.txt').write_text('the quick brown fox jumps over the lazy dog\n' * 50)
-    status, err = run('prepare.py', f'--dataset={folder}/text.txt', '--tokenizer=char', f'--data_dir={folder}/data')
+    (folder / 'text.txt').write_text(text * 50)
+    flags = [f'--dataset={folder}/text.txt', '--tokenizer=char', f'--data_dir={folder}/data']
+    status, err = run('prepare.py', *flags)
     assert status == 0, err
     return folder / 'data'
 
 
 def metrics(out):
     """The rows of metrics.jsonl, except for what depends on the clock."""
-    rows = map(json.loads, (out / 'metrics.jsonl').read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in ('tokens_per_second', 'mfu')} for row in rows]
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    for row in rows:
+        row.pop('tokens_per_second', None)
+    return rows
+
+
+def read_state(folder):
+    return json.loads((folder / 'state.json').read_text())
 
 
 def step_of(folder):
-    return json.loads((folder / 'state.json').read_text())['step']
+    return read_state(folder)['step']
 
 
 def assert_same_run(out, other):
     """The same numbers, and the same weights and moments at the end, to the last bit."""
     assert metrics(out) == metrics(other)
     for file in ('model.safetensors', 'optimizer.safetensors'):
-        ours, theirs = load_file(out / 'last' / file), load_file(other / 'last' / file)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        ours = load_file(out / 'last' / file)
+        theirs = load_file(other / 'last' / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def assert_close_runs(out, other):
-    """The same rows, and numbers and parameters that differ by less than 1e-5."""
-    ours, theirs = metrics(out), metrics(other)
+def assert_close_runs(out, other, limit=1e-5):
+    """The same rows, and numbers and parameters that differ by less than the limit."""
+    ours = metrics(out)
+    theirs = metrics(other)
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for a, b in zip(ours, theirs):
         for key in a:
-            assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a, b)
+            assert a[key] == pytest.approx(b[key], abs=limit), (key, a, b)
     ours, theirs = (GPT.from_pretrained(folder / 'last', torch.float32) for folder in (out, other))
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (p - q).abs().max() < 1e-5, name
+        assert (p - q).abs().max() < limit, name
 
 
 @pytest.fixture(scope='session')
@@ -200,25 +249,6 @@ def undisturbed(tmp_path_factory):
     data = make_data(folder)
     done(start(folder / 'log', 'train.py', f'--data_dir={data}', f'--out_dir={folder}/out', *SHORT))
     return data, folder / 'out'
-
-
-def test_written_while_training(undisturbed, tmp_path, monkeypatch):
-    """Training goes on while a checkpoint is written, which holds the weights and moments of its step."""
-    (data, other), step, save_file = undisturbed, torch.optim.AdamW.step, safetensors.torch.save_file
-    stepped, overlapped = threading.Event(), []
-
-    def late_save(*arguments):
-        stepped.clear()
-        overlapped.append(stepped.wait(1))
-        save_file(*arguments)
-
-    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda *arguments: (step(*arguments), stepped.set()))
-    monkeypatch.setattr('safetensors.torch.save_file', late_save)
-    assert run('train.py', f'--data_dir={data}', f'--out_dir={tmp_path}', *SHORT)[0] == 0
-    assert any(overlapped)
-    for file in ('last.old/model.safetensors', 'last.old/optimizer.safetensors'):
-        ours, theirs = load_file(tmp_path / file), load_file(other / file)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_short_lines():
@@ -232,16 +262,20 @@ def test_short_lines():
     assert seconds['short'] < 2 * seconds['long'] + 0.5
 
 
-# --- killed, stopped, without disk or data ---------------------------------------------------------------------------
+# --- killed, stopped, without disk or data ------------------------------------------------------------------
 
 @pytest.mark.parametrize('by', ['time', 'file'])
 def test_killed(by, undisturbed, tmp_path):
-    """SIGKILL at a random time, or at a random change of a file; the same command again goes on to the same bits."""
-    rng, log, resumed = random.Random(by), tmp_path / 'log', 0
+    """SIGKILL at a random time, or at a random change of a file. The same command again goes on to the same
+    bits."""
+    data, undisturbed_out = undisturbed
+    rng = random.Random(by)
+    log = tmp_path / 'log'
+    resumed = 0
     for number in range(max(1, NUMBER // 40)):
         out = tmp_path / str(number)
-        command = ['train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT, '--init_from=resume']
-        trap = ('file', rng.randint(1, 170), signal.SIGKILL) if by == 'file' else ()
+        command = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT, '--init_from=resume']
+        trap = ('file', rng.randint(1, 260), signal.SIGKILL) if by == 'file' else ()
         process = start(log, *command, trap=trap)
         if by == 'time':
             while not (out / 'metrics.jsonl').exists():
@@ -253,28 +287,31 @@ def test_killed(by, undisturbed, tmp_path):
         status, printed = ended(start(log, *command))
         finished = status == 2 and 'max_iters (24)' in printed  # the kill came after the last checkpoint
         assert status == 0 or finished, f'{trap}: {printed}'
-        assert_same_run(out, undisturbed[1])
+        assert_same_run(out, undisturbed_out)
         shutil.rmtree(out)
     assert resumed > number // 3
 
 
 @pytest.mark.parametrize('where, number, stopped_at', [
-    ('step', 1, 2), ('step', 9, 10), ('step', 12, 13), ('evaluation', 1, 1), ('evaluation', 2, 7),
-    ('evaluation', 5, 24), ('save', 1, 7), ('save', 2, 7), ('save', 3, 7), ('save', 4, 13)])
+    ('step', 1, 2), ('step', 9, 10), ('step', 12, 13),
+    ('evaluation', 1, 1), ('evaluation', 2, 7), ('evaluation', 5, 24),
+    ('save', 1, 7), ('save', 2, 7), ('save', 3, 13), ('save', 4, 13), ('save', 8, 24)])
 def test_sigterm(where, number, stopped_at, undisturbed, tmp_path):
     """SIGTERM ends a run with a checkpoint after the next gradient; its command resumes to the same bits."""
-    out, log = tmp_path / 'out', tmp_path / 'log'
-    printed = done(start(log, 'train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT,
-                         trap=(where, number)))
-    last = step_of(out / 'last')
-    before = (last - 1) // 6 * 6
-    assert last == stopped_at or where == 'save' and last > stopped_at  # training went on while it was written
+    data, undisturbed_out = undisturbed
+    out = tmp_path / 'out'
+    log = tmp_path / 'log'
+    command = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT]
+    printed = done(start(log, *command, trap=(where, number)))
+    assert step_of(out / 'last') == stopped_at
+    before = (stopped_at - 1) // 6 * 6
     assert (step_of(out / 'last.old') if before else 0) == before
-    if last < 24:
-        command = [word for word in printed.split() if word.startswith(('--out_dir=', '--init_from='))]
-        done(start(log, 'train.py', *command))  # the run remembers its other settings
-    assert_same_run(out, undisturbed[1])
-    assert_refused('train.py', *ended(start(log, 'train.py', f'--out_dir={out}', '--init_from=resume')), 'max_iters')
+    if stopped_at < 24:
+        flags = [word for word in printed.split() if word.startswith(('--out_dir=', '--init_from='))]
+        done(start(log, 'train.py', *flags))  # the run remembers its other settings
+    assert_same_run(out, undisturbed_out)
+    again = start(log, 'train.py', f'--out_dir={out}', '--init_from=resume')
+    assert_refused('train.py', *ended(again), 'max_iters')
 
 
 @pytest.fixture
@@ -282,18 +319,29 @@ def disk(tmp_path):
     """(an empty file system in memory, a function that changes its mount options)."""
     folder = tmp_path / 'disk'
     folder.mkdir()
-    mount = lambda options: subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder]).returncode
+
+    def mount(options):
+        command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder]
+        return subprocess.run(command).returncode
+
+    def remount(options):
+        return mount(f'remount,{options}')
+
     if not shutil.which('mount') or mount('rw'):
         pytest.skip('needs the right to mount a tmpfs')
-    yield folder, lambda options: mount(f'remount,{options}')
+    yield folder, remount
     subprocess.run(['umount', folder])
 
 
 @pytest.mark.parametrize('size', ['500k', '1000k', '1500k', '2000k'])
 def test_full_disk(size, undisturbed, disk, tmp_path):
-    """A disk that fills up, or becomes read-only, and then has room again: one line each time, and nothing is lost."""
-    (folder, remount), log, out = disk, tmp_path / 'log', disk[0] / 'out'
-    command = ['train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT]
+    """A disk that fills up, or becomes read-only, and then has room again: one line each time, and nothing is
+    lost."""
+    data, undisturbed_out = undisturbed
+    folder, remount = disk
+    log = tmp_path / 'log'
+    out = folder / 'out'
+    command = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT]
     remount(f'size={size}')
     assert_refused('train.py', *ended(start(log, *command)), out)
     assert not any(out.glob('*.new')) and (size == '500k' or any(out.glob('last*')))
@@ -302,25 +350,33 @@ def test_full_disk(size, undisturbed, disk, tmp_path):
         assert_refused('train.py', *ended(start(log, *command, '--init_from=resume')), out)
     remount('rw,size=50m')
     done(start(log, *command, '--init_from=resume'))
-    assert_same_run(out, undisturbed[1])
+    assert_same_run(out, undisturbed_out)
 
 
 @pytest.mark.parametrize('script, arguments', [
     ('prepare.py', '--dataset=builtin --tokenizer=byte --megabytes=4 --data_dir='),
     ('sample.py', '--out_dir={} --export=')])
 def test_full_disk_of_other_scripts(script, arguments, undisturbed, disk, tmp_path):
-    (folder, remount), command = disk, [script, *arguments.format(undisturbed[1]).split()]
+    folder, remount = disk
+    command = arguments.format(undisturbed[1]).split()
     command[-1] += f'{folder}/new'
     for options in ('rw,size=50k', 'ro'):
         remount(options)
-        assert_refused(script, *ended(start(tmp_path / 'log', *command)))
+        assert_refused(script, *ended(start(tmp_path / 'log', script, *command)))
         assert not [path for path in folder.rglob('*') if path.is_file()]
 
 
-@pytest.mark.parametrize('change', [Path.unlink, lambda path: os.truncate(path, 100)], ids=['removed', 'cut short'])
+def cut_to_100(path):
+    os.truncate(path, 100)
+
+
+@pytest.mark.parametrize('change', [Path.unlink, cut_to_100])
 def test_vanished_data(change, tmp_path):
-    """Data that is cut short or removed while a run reads it ends the run with a line. Its checkpoint stays whole."""
-    data, out, log = make_data(tmp_path), tmp_path / 'out', tmp_path / 'log'
+    """Data that is cut short or removed while a run reads it ends the run with a line. Its checkpoint stays
+    whole."""
+    data = make_data(tmp_path)
+    out = tmp_path / 'out'
+    log = tmp_path / 'log'
     command = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT, '--max_iters=100000']
     process = start(log, *command)
     while not (out / 'last').exists():
@@ -335,36 +391,47 @@ def test_vanished_data(change, tmp_path):
 
 def test_several_runs_in_one_folder(undisturbed, tmp_path):
     """Of runs that start together in one folder, one trains and the others are refused."""
+    data, undisturbed_out = undisturbed
     for number in range(max(1, NUMBER // 100)):
         out = tmp_path / f'out{number}'
-        command = ['train.py', f'--data_dir={undisturbed[0]}', f'--out_dir={out}', *SHORT]
-        results = [ended(process) for process in [start(tmp_path / f'log{i}', *command) for i in range(3)]]
+        command = ['train.py', f'--data_dir={data}', f'--out_dir={out}', *SHORT]
+        processes = [start(tmp_path / f'log{i}', *command) for i in range(3)]
+        results = [ended(process) for process in processes]
         assert sorted(status for status, _ in results) == [0, 2, 2], results
         assert not any('Traceback' in printed for _, printed in results), results
-        assert_same_run(out, undisturbed[1])
+        assert_same_run(out, undisturbed_out)
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('number, changes', [
-    (2, ''), (2, '--fsdp=True'), (2, '--recompute=True'), (2, '--fsdp=True --recompute=True'),
-    (2, '--gradient_accumulation_steps=3 --batch_size=2'), (4, ''),
-    # with the default seed, two router logits of a token are 1.5e-7 apart at step 8, and rounding decides
-    (4, '--gradient_accumulation_steps=2 --fsdp=True --seed=3'),
+    (2, ''), (2, '--fsdp=True'), (2, '--dropout=0.1'),
+    (2, '--fsdp=True --recompute=True --dropout=0.1'),
+    (2, '--gradient_accumulation_steps=6'), (3, '--gradient_accumulation_steps=3 --num_local_experts=5'),
+    (4, ''), (4, '--fsdp=True'),
     (2, '--compile=True'), (2, '--fsdp=True --compile=True'),
     (2, '--fsdp=True --num_local_experts=3 --tie_word_embeddings=True'),
-    (2, '--fsdp=True --muon_lr=0 --learning_rate=1e-3'), (4, '--fsdp=True --shard_size=2 --num_local_experts=5'),
+    (2, '--muon_lr=0 --learning_rate=1e-3'), (2, '--fsdp=True --muon_lr=0 --learning_rate=1e-3'),
+    (4, '--fsdp=True --shard_size=2 --num_local_experts=5'),
     (4, '--fsdp=True --shard_size=1 --gradient_accumulation_steps=8'),
-    (4, '--fsdp=True --shard_size=2 --gradient_accumulation_steps=3 --recompute=True'),
-    (4, '--fsdp=True --hidden_size=30 --head_dim=6 --gradient_accumulation_steps=12')])  # 4 does not divide 30
+    (4, '--fsdp=True --shard_size=2 --gradient_accumulation_steps=12 --recompute=True'),
+    # 4 does not divide 30
+    (4, '--fsdp=True --hidden_size=30 --head_dim=6 --gradient_accumulation_steps=12')])
 def test_processes(number, changes, tmp_path):
     """One process or several, DDP, FSDP2 or HSDP: the same numbers, and each resumes what the other began."""
-    log, fsdp = tmp_path / 'log', [change for change in changes.split() if change.startswith(('--fsdp', '--shard'))]
+    log = tmp_path / 'log'
+    changes = changes.split()
+    fsdp = [change for change in changes if change.startswith(('--fsdp', '--shard'))]
     common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED]
-    common += [change for change in changes.split() if change not in fsdp]
+    common += [change for change in changes if change not in fsdp]
     one, many, mixed = (tmp_path / name for name in ('one', 'many', 'mixed'))
-    by_one = lambda *arguments, trap=(): [start(log, 'train.py', *arguments, trap=trap)]
-    by_many = lambda *arguments, trap=(): start_processes(number, log, *arguments, *fsdp, trap=trap)
+
+    def by_one(*arguments, trap=()):
+        return [start(log, 'train.py', *arguments, trap=trap)]
+
+    def by_many(*arguments, trap=()):
+        return start_processes(number, log, *arguments, *fsdp, trap=trap)
+
     done(*by_one(*common, f'--out_dir={one}'))
     done(*by_many(*common, f'--out_dir={many}'))
     assert_close_runs(many, one)
@@ -375,69 +442,214 @@ def test_processes(number, changes, tmp_path):
         assert_close_runs(mixed, one)
 
 
-TWO_BY_TWO = ['--fsdp=True', '--shard_size=2']
-
-
 @pytest.mark.parametrize('number, flags', [
-    (1, []), (2, []), (2, ['--fsdp=True']), (3, []), (3, ['--fsdp=True']), (4, []), (4, ['--fsdp=True'])])
+    (1, []), (2, []), (2, FSDP), (3, []), (3, FSDP), (4, []), (4, FSDP),
+    (4, [*FSDP, '--shard_size=1'])])
 def test_other_meshes(number, flags, tmp_path):
-    """What 2 x 2 processes began, any number resumes, and the other way round."""
-    log, one, many = tmp_path / 'log', tmp_path / 'one', tmp_path / 'many'
-    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--batch_size=12', '--num_local_experts=5',
-              '--max_iters=12']
+    """What 2 x 2 processes began, any number and mesh (1 x 4 and 4 x 1 too) resumes, and the other way
+    round."""
+    log = tmp_path / 'log'
+    one = tmp_path / 'one'
+    many = tmp_path / 'many'
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--gradient_accumulation_steps=12',
+              '--num_local_experts=5', '--max_iters=12']
     done(start(log, 'train.py', *common, f'--out_dir={one}'))
-    layouts = (4, TWO_BY_TWO), (number, flags)
+    layouts = [(4, TWO_BY_TWO), (number, flags)]
     for (begin, began_with), (resume, resumed_with) in (layouts, layouts[::-1]):
-        done(*start_processes(begin, log, *common, *began_with, f'--out_dir={many}', '--overwrite', trap=('step', 6)))
+        flags = [*common, *began_with, f'--out_dir={many}', '--overwrite']
+        done(*start_processes(begin, log, *flags, trap=('step', 6)))
         assert step_of(many / 'last') == 7
-        done(*start_processes(resume, log, *resumed_with, f'--out_dir={many}', '--init_from=resume'))
+        flags = [*resumed_with, f'--out_dir={many}', '--init_from=resume']
+        done(*start_processes(resume, log, *flags))
         assert_close_runs(many, one)
 
 
-@pytest.mark.parametrize('where, number', [('step', 7), ('copy', 3), ('part', 2)])
-def test_killed_processes(where, number, tmp_path):
-    """A process of 2 x 2 is killed in a step, or while a checkpoint is copied to memory or written. The others end
+@pytest.mark.parametrize('where, number, rank', [
+    ('step', 7, 3), ('copy', 2, 3), ('copy', 2, 0), ('save', 3, 0), ('save', 4, 0), ('file', 90, 0)])
+@pytest.mark.parametrize('flags', [[], TWO_BY_TWO], ids=['ddp', 'fsdp'])
+def test_killed_processes(flags, where, number, rank, tmp_path):
+    """A process of four is killed in a step, or while a checkpoint is gathered or written. The others end
     within a minute, and four or two processes go on to the same numbers."""
-    log, one, many = tmp_path / 'log', tmp_path / 'one', tmp_path / 'many'
+    log = tmp_path / 'log'
+    one = tmp_path / 'one'
+    many = tmp_path / 'many'
     common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--max_iters=16']
     done(start(log, 'train.py', *common, f'--out_dir={one}'))
-    for resume, flags in ((4, TWO_BY_TWO), (2, ['--fsdp=True'])):
-        processes = start_processes(4, log, *common, *TWO_BY_TWO, f'--out_dir={many}', '--overwrite',
-                                    trap=(where, number, signal.SIGKILL))
-        processes[-1].join(600)
-        began = time.time()
-        statuses = [ended(process)[0] for process in processes]
-        assert statuses[-1] == -9 and 0 not in statuses and time.time() - began < 60
+    trap = where, number, signal.SIGKILL
+    for resume, resumed_with in ((4, flags), (2, FSDP)):
+        command = [*common, *flags, f'--out_dir={many}', '--overwrite']
+        assert_all_end(start_processes(4, log, *command, trap=trap, trapped=rank), killed=rank)
         assert step_of(many / 'last') in (4, 8)
-        done(*start_processes(resume, log, *flags, f'--out_dir={many}', '--init_from=resume'))
+        command = [*resumed_with, f'--out_dir={many}', '--init_from=resume']
+        done(*start_processes(resume, log, *command))
         assert_close_runs(many, one)
 
 
-@pytest.mark.parametrize('fsdp', [[], ['--fsdp=True'], ['--fsdp=True', '--shard_size=1']], ids=['ddp', 'fsdp', 'hsdp'])
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.safetensors', 'state.json', 'config.json'])
+def test_damaged_by_turns(file, tmp_path):
+    """DDP, FSDP2 and one process take turns in one run. Each is killed, and its newest checkpoint is damaged,
+    so that the next goes on from the one before."""
+    log = tmp_path / 'log'
+    one = tmp_path / 'one'
+    many = tmp_path / 'many'
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED]
+    done(start(log, 'train.py', *common, f'--out_dir={one}'))
+    begin = 0  # each turn starts here, and dies ten steps later
+    for turn in ('ddp', 'fsdp', 'alone', 'ddp', 'alone', 'fsdp', 'ddp'):
+        command = ['train.py', *common, f'--out_dir={many}', '--init_from=resume']
+        steps = 10 + (begin > 0)  # torch takes one with zero gradients to make the moments that are loaded
+        trap = 'step', steps, signal.SIGKILL
+        if turn == 'alone':
+            processes = [start(log, *command, trap=trap)]
+        else:
+            command += FSDP if turn == 'fsdp' else []
+            processes = start_processes(2, log, *command[1:], trap=trap)
+        printed = assert_all_end(processes, killed=len(processes) - 1)
+        assert begin == 0 or 'last is damaged' in printed[0], printed
+        assert step_of(many / 'last') == begin + 8 and step_of(many / 'last.old') == begin + 4
+        path = many / 'last' / file
+        os.truncate(path, path.stat().st_size // 2)
+        begin += 4
+    done(*start_processes(2, log, *FSDP, f'--out_dir={many}', '--init_from=resume'))
+    assert_close_runs(many, one)
+
+
+@pytest.mark.parametrize('fsdp', [[], FSDP, [*FSDP, '--shard_size=1']], ids=['ddp', 'fsdp', 'hsdp'])
 def test_adapters_of_two_processes(fsdp, undisturbed, tmp_path):
-    """Adapters, whose checkpoints do not hold the base model: stopped, resumed, and equal to those of one process."""
-    log, flags = tmp_path / 'log', [f'--data_dir={undisturbed[0]}', f'--init_from={undisturbed[1]}/best', *MODEL[3:],
-                                    *SHARED, '--lora_rank=2', '--dropout=0']
-    one, many = tmp_path / 'one', tmp_path / 'many'
+    """Adapters, whose checkpoints do not hold the base model: stopped, resumed, and equal to those of one
+    process."""
+    data, base = undisturbed
+    log = tmp_path / 'log'
+    one = tmp_path / 'one'
+    many = tmp_path / 'many'
+    flags = [f'--data_dir={data}', f'--init_from={base}/best', '--block_size=16', *SHARED, '--lora_rank=2',
+             '--dropout=0']
     done(start(log, 'train.py', *flags, f'--out_dir={one}'))
     done(*start_processes(2, log, *flags, *fsdp, f'--out_dir={many}', trap=('evaluation', 2)))
     assert step_of(many / 'last') == 5
+    assert not (many / 'last/model.safetensors').exists()
     done(*start_processes(2, log, f'--out_dir={many}', '--init_from=resume', *fsdp))
     assert_close_runs(many, one)
 
 
-def test_unwritten_part(tmp_path):
-    """One of 2 x 2 processes cannot write its part: all end with a line, and the checkpoint before stays."""
-    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, f'--out_dir={tmp_path}/out', *TWO_BY_TWO]
-    for process in start_processes(4, tmp_path / 'log', *common, trap=('part', 2, None)):
-        status, printed = ended(process)
-        assert status == 2 and 'Traceback' not in printed and 'No space left on device; the check' in printed, printed
+@pytest.mark.parametrize('number', [3, 4])
+@pytest.mark.parametrize('flags', [[], TWO_BY_TWO], ids=['ddp', 'fsdp'])
+def test_unwritten_checkpoint(flags, number, tmp_path):
+    """Rank 0 of four processes cannot write a file: all end, rank 0 says why, and the checkpoint before
+    stays."""
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, f'--out_dir={tmp_path}/out', *flags]
+    trap = 'save', number, None
+    printed = assert_all_end(start_processes(4, tmp_path / 'log', *common, trap=trap, trapped=0))
+    assert 'No space left on device; the checkpoints in' in printed.pop(0), printed
+    assert not any(find_messages('train.py', other) for other in printed.values()), printed
     assert step_of(tmp_path / 'out/last') == 4
+    assert not any((tmp_path / 'out').glob('*.new'))
+
+
+def test_float16(tmp_path):
+    """float16 with a loss scale that overflows at first: FSDP2 skips the steps that DDP skips, and has the
+    same scale."""
+    log = tmp_path / 'log'
+    ddp = tmp_path / 'ddp'
+    fsdp = tmp_path / 'fsdp'
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--dtype=float16']
+    done(*start_processes(2, log, *common, f'--out_dir={ddp}', '--max_iters=4'))
+    state = read_state(ddp / 'last')
+    state['scaler']['scale'] = 1e7
+    (ddp / 'last/state.json').write_text(json.dumps(state))
+    shutil.copytree(ddp, fsdp)
+    for out, flags in ((ddp, []), (fsdp, FSDP)):
+        command = [f'--out_dir={out}', '--init_from=resume', '--max_iters=30', *flags]
+        done(*start_processes(2, log, *command))
+    skipped = [row['skipped'] for row in metrics(ddp) if 'skipped' in row]
+    assert skipped[-1] > 2  # after ten in a row the run would have ended
+    assert skipped == [row['skipped'] for row in metrics(fsdp) if 'skipped' in row]
+    assert read_state(ddp / 'last')['scaler'] == read_state(fsdp / 'last')['scaler']
+    for a, b in zip(metrics(ddp), metrics(fsdp), strict=True):
+        for key in {'train_loss', 'val_loss'} & a.keys():
+            assert a[key] == pytest.approx(b[key], abs=0.02), (a, b)
+
+
+# --- two nodes, each with its own disk ----------------------------------------------------------------------
+
+@pytest.fixture
+def nodes(tmp_path):
+    """(folders of two nodes with the same data and the same run, flags that resume it)."""
+    flags = ['--data_dir=data', '--out_dir=out', *MODEL, *SHARED, '--max_iters=12']
+    first = tmp_path / 'node0'
+    second = tmp_path / 'node1'
+    first.mkdir()
+    make_data(first)
+    done(start(tmp_path / 'log', 'train.py', *flags, folder=first, trap=('step', 3)))
+    shutil.copytree(first, second)
+    return (first, second), [*flags, '--init_from=resume']
+
+
+def set_ahead(node):
+    path = node / 'out/last/state.json'
+    path.write_text(json.dumps(read_state(path.parent) | dict(step=5)))
+
+
+def remove_run(node):
+    shutil.rmtree(node / 'out')
+
+
+def change_data(node):
+    make_data(node, 'the five boxing wizards jump quickly\n')
+
+
+def remove_data(node):
+    shutil.rmtree(node / 'data')
+
+
+def cut_data(node):
+    os.truncate(node / 'data/train.bin', 100)
+
+
+@pytest.mark.parametrize('change, words', [
+    (set_ahead, 'differs between nodes'), (remove_run, 'differs between nodes'),
+    (change_data, 'the same data on all nodes'), (remove_data, 'is missing or damaged'),
+    (cut_data, 'train.bin has 100 bytes')])
+def test_nodes_that_differ(change, words, nodes, tmp_path):
+    """The second of two nodes has another run or other data than the first: it says so, and both end."""
+    folders, flags = nodes
+    change(folders[1])
+    printed = assert_all_end(start_processes(2, tmp_path / 'log', *flags, folders=folders))
+    assert words in printed[1], printed
+
+
+@pytest.mark.parametrize('change', [remove_data, cut_data])
+def test_first_node_without_data(change, nodes, tmp_path):
+    """The first node says what it lacks, and both end."""
+    folders, flags = nodes
+    change(folders[0])
+    printed = assert_all_end(start_processes(2, tmp_path / 'log', *flags, folders=folders))
+    assert 'data/' in find_messages('train.py', printed[0])[0], printed
+
+
+def test_node_without_base(nodes, tmp_path):
+    """The second node lacks the model to start from: it says so, and both end."""
+    folders, flags = nodes
+    remove_run(folders[1])
+    flags = [*flags, '--init_from=out/last', '--out_dir=new']
+    printed = assert_all_end(start_processes(2, tmp_path / 'log', *flags, folders=folders))
+    assert 'out/last' in find_messages('train.py', printed[1])[0], printed
+
+
+@pytest.mark.parametrize('change', [set_ahead, remove_run])
+def test_first_node_counts(change, nodes, tmp_path):
+    """With FSDP2 only rank 0 reads and writes checkpoints, so the second node needs none."""
+    folders, flags = nodes
+    change(folders[1])
+    done(*start_processes(2, tmp_path / 'log', *flags, *FSDP, folders=folders))
+    flags = [*flags, '--init_from=scratch', f'--out_dir={tmp_path}/one']
+    done(start(tmp_path / 'log', 'train.py', *flags, folder=folders[0]))
+    assert_close_runs(folders[0] / 'out', tmp_path / 'one')
 
 
 def torchrun(nodes, number, restarts, out, *arguments):
-    """train.py by the documented command, with `nodes` torchruns of `number` processes in all. Rank 1 is killed once,
-    after the first checkpoint -> (exit statuses, stderr, seconds from the kill to the end)."""
+    """train.py by the documented command, with `nodes` torchruns of `number` processes in all. Rank 1 is
+    killed once, after the first checkpoint -> (exit statuses, stderr, seconds from the kill to the end)."""
     with socket.socket() as free:
         free.bind(('', 0))
         port = free.getsockname()[1]
@@ -450,10 +662,7 @@ def torchrun(nodes, number, restarts, out, *arguments):
     try:
         while not (out / 'last').exists() and all(agent.poll() is None for agent in agents):
             time.sleep(0.01)
-        for process in Path('/proc').glob('[0-9]*'):
-            with contextlib.suppress(OSError):  # it ended
-                if str(out) in (process / 'cmdline').read_text() and '\0RANK=1\0' in (process / 'environ').read_text():
-                    os.kill(int(process.name), signal.SIGKILL)
+        kill_rank_1(out)
         killed = time.time()
         errors = [agent.communicate(timeout=300)[1] for agent in agents]
     finally:
@@ -462,13 +671,22 @@ def torchrun(nodes, number, restarts, out, *arguments):
     return [agent.returncode for agent in agents], ''.join(errors), time.time() - killed
 
 
-@pytest.mark.parametrize('nodes, number, fsdp', [(1, 2, []), (1, 2, ['--fsdp=True']), (2, 2, []),
-                                                 (2, 8, ['--fsdp=True'])])
+def kill_rank_1(out):
+    """Kill the process of rank 1 that writes to this out_dir."""
+    for process in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):  # it ended
+            ours = str(out) in (process / 'cmdline').read_text()
+            if ours and '\0RANK=1\0' in (process / 'environ').read_text():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize('nodes, number, fsdp', [(1, 2, []), (1, 2, FSDP), (2, 2, []), (2, 8, FSDP)])
 def test_torchrun(nodes, number, fsdp, tmp_path):
-    """A rank that dies ends the job within a minute. With --max-restarts the job goes on from the last checkpoint, to
-    the numbers of an undisturbed run. Two nodes are two torchruns here."""
-    one, many = tmp_path / 'one', tmp_path / 'many'
-    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--batch_size=8']
+    """A rank that dies ends the job within a minute. With --max-restarts the job goes on from the last
+    checkpoint, to the numbers of an undisturbed run. Two nodes are two torchruns here."""
+    one = tmp_path / 'one'
+    many = tmp_path / 'many'
+    common = [f'--data_dir={make_data(tmp_path)}', *MODEL, *SHARED, '--gradient_accumulation_steps=8']
     done(start(tmp_path / 'log', 'train.py', *common, f'--out_dir={one}'))
     statuses, errors, seconds = torchrun(nodes, number, 0, many, *common, *fsdp)
     assert '-9' in errors and all(statuses) and seconds < 60, errors
@@ -478,13 +696,15 @@ def test_torchrun(nodes, number, fsdp, tmp_path):
     assert_close_runs(many, one)
 
 
-# --- damaged files and random commands -------------------------------------------------------------------------------
+# --- damaged files and random commands ----------------------------------------------------------------------
 
 def fuzz(work, number, folder, log):
-    """Call work(rng, folder) so often, each with 20 seconds and 2 GB. The log gets a traceback for each that fails."""
+    """Call work(rng, folder) so often, each with 20 seconds and 2 GB. The log gets a traceback for each that
+    fails."""
     if sys.platform == 'linux':
         used = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (used + 2 ** 31, used + 2 ** 31))
+        most = used + 2 ** 31
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # raises KeyboardInterrupt
     with open(log, 'w', buffering=1) as file:
         for i in range(number):
@@ -499,13 +719,14 @@ def fuzz(work, number, folder, log):
 
 def mutated(rng, content):
     """Bytes of which a part is taken out, put in or replaced."""
-    at, size = rng.randrange(len(content) + 1), rng.choice([1, 8, 100, len(content)])
+    at = rng.randrange(len(content) + 1)
+    size = rng.choice([1, 8, 100, len(content)])
     new = rng.choice([b'', rng.randbytes(size), b'[' * 100000])
     return content[:at] + new + content[at + rng.choice([0, size]):]
 
 
-WILD = [None, True, -1, 0, 1, 3, 10 ** 9, 2 ** 63, 10 ** 40, 1e308, math.inf, math.nan, 0.5, '', 'x', 'F64', 'I64', [],
-        {}, [[]], [1, 2], {'a': 1}, '../../etc/passwd', 'x' * 10000, list(range(1000))]
+WILD = [None, True, -1, 0, 1, 3, 10 ** 9, 2 ** 63, 10 ** 40, 1e308, math.inf, math.nan, 0.5, '', 'x', 'F64',
+        'I64', [], {}, [[]], [1, 2], {'a': 1}, '../../etc/passwd', 'x' * 10000, list(range(1000))]
 
 
 def mutated_json(rng, value):
@@ -522,21 +743,27 @@ def mutated_json(rng, value):
 
 
 def mutate(rng, path):
-    """Change a file. Of safetensors change the header, the eight bytes of its length, or where the file ends."""
+    """Change a file. Of safetensors change the header, the eight bytes of its length, or where the file
+    ends."""
     content = path.read_bytes()
     tensors = path.suffix == '.safetensors'
-    begin, end = (8, 8 + int.from_bytes(content[:8], 'little')) if tensors else (0, len(content))
+    begin = 8 if tensors else 0
+    end = begin + int.from_bytes(content[:8], 'little') if tensors else len(content)
     if path.suffix in ('.json', '.safetensors') and rng.random() < 0.6:
         part = json.dumps(mutated_json(rng, json.loads(content[begin:end]))).encode()
     else:
         part = mutated(rng, content[begin:end])
-    length = rng.choice([*[len(part)] * 8, len(part) - 1, len(part) + 1, 0, rng.getrandbits(64)])
-    content = (max(length, 0).to_bytes(8, 'little') if tensors else b'') + part + content[end:]
-    path.write_bytes(content if rng.random() < 0.8 else content[:rng.randrange(len(content) + 1)])
+    near = [len(part) - 1, len(part) + 1, 0, rng.getrandbits(64)]
+    length = rng.choice([len(part)] * 8 + near)
+    prefix = max(length, 0).to_bytes(8, 'little') if tensors else b''
+    content = prefix + part + content[end:]
+    size = len(content) if rng.random() < 0.8 else rng.randrange(len(content) + 1)
+    path.write_bytes(content[:size])
 
 
 def load_mutated(rng, folder):
-    """A checkpoint of each kind with one file changed: from_pretrained names the folder in a ValueError, or loads."""
+    """A checkpoint of each kind with one file changed: from_pretrained names the folder in a ValueError, or
+    loads."""
     tried = folder / 'tried'
     for source in sorted(folder.glob('checkpoint*')):
         shutil.rmtree(tried, ignore_errors=True)
@@ -553,13 +780,16 @@ def train_mutated(rng, folder):
     tried = folder / 'tried'
     shutil.rmtree(tried, ignore_errors=True)
     shutil.copytree(folder / 'run', tried)
-    options = [f'--out_dir={tried}/out', f'--data_dir={tried}/data', *CPU, '--batch_size=4', '--compile=False']
+    options = [f'--out_dir={tried}/out', f'--data_dir={tried}/data', *CPU, '--batch_size=4',
+               '--compile=False']
     if rng.random() < 0.5:
-        path = tried / 'data' / rng.choice(['train.bin', 'val.bin', 'meta.json', 'meta.json', 'tokenizer.tiktoken'])
+        files = ['train.bin', 'val.bin', 'meta.json', 'meta.json', 'tokenizer.tiktoken']
+        path = tried / 'data' / rng.choice(files)
         options += ['--overwrite', *MODEL, '--eval_interval=2', '--max_iters=3']
     else:
-        path = tried / 'out/last' / rng.choice(['state.json', 'state.json', 'state.json', 'config.json', 'meta.json',
-                                                'optimizer.safetensors', 'model.safetensors'])
+        files = ['state.json', 'state.json', 'state.json', 'config.json', 'meta.json',
+                 'optimizer.safetensors', 'model.safetensors']
+        path = tried / 'out/last' / rng.choice(files)
         options += ['--init_from=resume', '--max_iters=26', '--gradient_accumulation_steps=1']
     mutate(rng, path)
     assert_harmless('train.py', *run('train.py', *options))
@@ -575,23 +805,33 @@ VALUES = dict(
     int=['0', '1', '2', '3', '5', '64', '-1', '1e3', '1.5', '10' * 20, 'x', '', 'None', 'nan', '2**9'],
     float=['0', '1', '0.5', '-1', '1e-3', 'inf', 'nan', '1e400', 'x', '', 'None', '1e30', '3'],
     bool=['True', 'False', '1', 'x', '', 'None'],
-    str=['', 'x', 'resume', '/dev/null', 'None', 'a=b', '\0', 'ä' * 300, '..', 'byte', 'bpe', 'builtin', 'mxfp4',
-         'checkpoint', 'checkpoint-packed', 'checkpoint-adapter', 'cosine', 'bfloat16', 'FILE:text.txt', 'train'])
+    str=['', 'x', 'resume', '/dev/null', 'None', 'a=b', '\0', 'ä' * 300, '..', 'byte', 'bpe', 'builtin',
+         'mxfp4', 'checkpoint', 'checkpoint-packed', 'checkpoint-adapter', 'cosine', 'bfloat16',
+         'FILE:text.txt', 'train'])
+SLOW = {'device', 'learn', 'compare', 'profile', 'compile'}
 
 
-def random_command(rng, folder):
-    """A script with random settings, as flags or in a config file."""
-    script = rng.choice(['train.py'] * 5 + ['prepare.py'] * 2 + ['sample.py'] * 3 + ['bench.py'])
+def random_settings(rng, script):
+    """(flags, lines of a config file) with the same random settings."""
     known = config.declared('model.py') | config.declared(script)
-    flags, lines, slow = [], [], {'device', 'learn', 'compare', 'profile', 'compile'}
-    for key in rng.sample(sorted(known.keys() - slow), rng.choice([1, 1, 2, 3])):
+    flags = []
+    lines = []
+    for key in rng.sample(sorted(known.keys() - SLOW), rng.choice([1, 1, 2, 3])):
         kind, default, _, _ = known[key]
         values = VALUES.get(kind.partition(' ')[0], ['x', 'sliding_attention,full_attention', ''])
         value = rng.choice([*values, str(default)])
         flags.append(f'--{key}={value}')
         lines.append(f'{key} = {value if rng.random() < 0.5 else repr(value)}')
+    return flags, lines
+
+
+def random_command(rng, folder):
+    """A script with random settings, as flags or in a config file."""
+    script = rng.choice(['train.py'] * 5 + ['prepare.py'] * 2 + ['sample.py'] * 3 + ['bench.py'])
+    flags, lines = random_settings(rng, script)
     if rng.random() < 0.1:
-        flags += [rng.choice(['--', '-x', '--=', '=', '--overwrite', '--max_iters', 'config/none.py', '--LR=1', '.'])]
+        odd = ['--', '-x', '--=', '=', '--overwrite', '--max_iters', 'config/none.py', '--LR=1', '.']
+        flags.append(rng.choice(odd))
     if rng.random() < 0.3:
         lines.append(rng.choice(['', 'x = 1', '(', 'import nothing', '1 / 0']))
         (folder / 'settings.py').write_text('\n'.join(lines))
@@ -609,16 +849,18 @@ def random_command(rng, folder):
 def samples(undisturbed, tmp_path_factory):
     """A folder with a checkpoint of each kind, a run, its data, and a text."""
     folder = tmp_path_factory.mktemp('samples')
-    shutil.copytree(undisturbed[0], folder / 'run/data')
-    shutil.copytree(undisturbed[1], folder / 'run/out')
+    data, out = undisturbed
+    shutil.copytree(data, folder / 'run/data')
+    shutil.copytree(out, folder / 'run/out')
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8))
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8)
+    model = GPT(GPTConfig(vocab_size=97, **sizes))
     model.save_pretrained(folder / 'checkpoint')
     model.save_pretrained(folder / 'checkpoint-packed', torch.bfloat16, 'mxfp4', shard_size=5e4)
     adapted = GPT.from_pretrained(folder / 'checkpoint', torch.float32)
     adapted.add_lora(2, 4)
     adapted.save_adapter(folder / 'checkpoint-adapter')
-    shutil.copy(undisturbed[0].parent / 'text.txt', folder)
+    shutil.copy(data.parent / 'text.txt', folder)
     return folder
 
 
@@ -626,21 +868,25 @@ def samples(undisturbed, tmp_path_factory):
 def test_hostile_input(work, samples, tmp_path):
     shutil.copytree(samples, tmp_path / 'here')
     context = multiprocessing.get_context('forkserver')
-    process = context.Process(target=fuzz, args=(work, NUMBER, tmp_path / 'here', tmp_path / 'log'))
+    inputs = work, NUMBER, tmp_path / 'here', tmp_path / 'log'
+    process = context.Process(target=fuzz, args=inputs)
     process.start()
     process.join()
     failures = (tmp_path / 'log').read_text()
-    assert process.exitcode == 0 and not failures, f'exit status {process.exitcode}\n{failures:.20000}'
+    good = process.exitcode == 0 and not failures
+    assert good, f'exit status {process.exitcode}\n{failures:.20000}'
 
 
 def cuts(path):
     """Cut the file in its beginning, its header, its body and before its last byte, then restore it."""
     content = path.read_bytes()
+    size = len(content)
     header = 8 + int.from_bytes(content[:8], 'little') if path.suffix == '.safetensors' else 8
-    for size in sorted({0, 1, 7, 9, header // 2, header - 1, header, header + 1, len(content) // 2, len(content) - 1}):
-        if content[:size].strip() != content.strip():
-            path.write_bytes(content[:size])
-            yield size
+    ends = {0, 1, 7, 9, header // 2, header - 1, header, header + 1, size // 2, size - 1}
+    for end in sorted(ends):
+        if content[:end].strip() != content.strip():
+            path.write_bytes(content[:end])
+            yield end
     path.write_bytes(content)
 
 
@@ -648,7 +894,7 @@ def test_checkpoints_cut_short(samples, tmp_path):
     for source in samples.glob('checkpoint*'):
         folder = tmp_path / source.name
         shutil.copytree(source, folder)
-        for path in {*folder.iterdir()} - {folder / 'model.safetensors.index.json'}:  # the index is for others
+        for path in list(folder.iterdir()):
             for size in cuts(path):
                 with pytest.raises(ValueError) as caught:
                     GPT.from_pretrained(folder, torch.float32)
@@ -670,13 +916,16 @@ def test_data_cut_short(undisturbed, tmp_path):
 
 
 def test_runs_cut_short(undisturbed, tmp_path):
-    """A file of last cut short: the run resumes from last.old, to the same bits. Without last.old it is refused."""
-    source, out = tmp_path / 'source', tmp_path / 'out'
+    """A file of last cut short: the run resumes from last.old, to the same bits. Without last.old it is
+    refused."""
+    source = tmp_path / 'source'
+    out = tmp_path / 'out'
     shutil.copytree(undisturbed[1], source)
-    for path in [path for path in (source / 'last').rglob('*') if path.is_file()]:
+    resume = 'train.py', f'--out_dir={out}', '--init_from=resume'
+    for path in list((source / 'last').iterdir()):
         for size in cuts(path):
             shutil.copytree(source, out)
-            status, err = run('train.py', f'--out_dir={out}', '--init_from=resume')
+            status, err = run(*resume)
             if path.name == 'tokenizer.tiktoken':  # is compared with that of the data
                 assert_refused('train.py', status, err, out / 'last')
             else:
@@ -685,6 +934,5 @@ def test_runs_cut_short(undisturbed, tmp_path):
             for name in ('last', 'last.old'):
                 shutil.rmtree(out / name)
             shutil.copytree(source / 'last', out / 'last')
-            result = run('train.py', f'--out_dir={out}', '--init_from=resume', '--max_iters=25')
-            assert_refused('train.py', *result, out)
+            assert_refused('train.py', *run(*resume, '--max_iters=25'), out)
             shutil.rmtree(out)

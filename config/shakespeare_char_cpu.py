@@ -20,7 +20,6 @@ intermediate_size = 96
 router_aux_loss_coef = 0.1  # 0.01 learns no more, the busiest expert at 1.9 times an equal share
 
 max_iters = 2000
-muon_interval = 2  # a tenth less time than Muon at every step
 weight_decay = 0.0  # in one and a half epochs there is nothing to forget
 eval_interval = 1000
 eval_iters = 0  # the whole validation set
