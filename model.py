@@ -1027,13 +1027,14 @@ def locate_tensors(folder):
     if index.is_file():
         weight_map = read_json(index).get('weight_map')
         require(isinstance(weight_map, dict), f'{index} has no weight_map')
-    there = [isinstance(file, str) and Path(file).name == file and (folder / file).is_file()
-             for file in weight_map.values()]
-    if single.is_file() or not index.is_file():
-        require(not any(there), f'{folder} holds two models, {single.name} and indexed shards; remove one')
+    files = [file for file in weight_map.values() if isinstance(file, str) and Path(file).name == file]
+    there = [file for file in files if (folder / file).is_file()]
+    if single.is_file() or not index.is_file():  # an index without its shards is of an older save
+        require(not there, f'{folder} holds two models, {single.name} and indexed shards; remove one')
         with open_file(single) as file:
             return dict.fromkeys(file.keys(), single)
-    require(all(there), f'{index} names files that are not in its folder; download them, or remove the index')
+    for file in weight_map.values():
+        require(file in there, f'{index} names {file!r:.99}, which is not there; download it or remove the index')
     return {name: folder / file for name, file in weight_map.items()}
 
 

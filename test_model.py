@@ -832,12 +832,17 @@ def test_index(tmp_path):
     folder = tmp_path / 'model'
     gpt = make()
     gpt.save_pretrained(folder, shard_size=100_000)
-    for shard_size in (100_000, 5e9):  # files of older saves
-        make(1, num_hidden_layers=2).save_pretrained(tmp_path, shard_size=shard_size)
-        for file in tmp_path.glob('*.safetensors'):
-            shutil.copy(file, folder)
-    assert len(list(folder.glob('*.safetensors'))) == 4 + 3 + 1
+    make(1, num_hidden_layers=2).save_pretrained(tmp_path, shard_size=100_000)  # an older save
+    for file in tmp_path.glob('*.safetensors'):
+        shutil.copy(file, folder)
+    assert len(list(folder.glob('*.safetensors'))) == 4 + 3
     assert_same(gpt, GPT.from_pretrained(folder, torch.float32))
+    make(1).save_pretrained(tmp_path / 'single')
+    single = shutil.copy(tmp_path / 'single/model.safetensors', folder)
+    assert_refused(folder, 'two models')
+    Path(single).unlink()
+    shutil.copy(folder / 'model.safetensors.index.json', tmp_path / 'single')  # without its shards
+    assert_same(make(1), GPT.from_pretrained(tmp_path / 'single', torch.float32))
     index = folder / 'model.safetensors.index.json'
     weight_map = model.read_json(index)['weight_map']
     for file in ('missing', '../model.safetensors', str(tmp_path / 'model.safetensors'), '.', 3, None):

@@ -190,7 +190,8 @@ def find_newest():
                 return folder, read_state(folder)
             except ValueError as error:
                 say(f'{folder} is damaged: {error}')
-    check(not any(folder.exists() for folder in checkpoints),
+    only_best = best.exists() and not (out / 'last.new').exists()  # or killed in its first checkpoint
+    check(not only_best and not last.exists() and not last_old.exists(),
           f'{out} has no readable checkpoint; --init_from={best} --out_dir=NEW starts from its best weights')
     return None, SimpleNamespace(**NEW)
 
@@ -519,14 +520,6 @@ def load_moments(path):
         model.expert_load.zero_()  # rank 0 has that of all processes
 
 
-def share_gradients(now):
-    """Whether the next backward averages the gradients over the processes. Only the last of a step need."""
-    if fsdp:
-        model.set_requires_all_reduce(now)  # between copies; inside of one, every backward does
-    elif distributed:
-        net.require_backward_grad_sync = now
-
-
 torch.manual_seed(seed)
 trained_on = on_rank_0(check_tokenizer)
 model_shape = GPTConfig(**shape | dict(vocab_size=vocab_size or vocabulary))
@@ -621,7 +614,7 @@ def write_checkpoint(weights, moments):
         write_json(new / 'meta.json', meta | dict(block_size=trained_on))
         write_json(new / 'state.json', vars(state))
         if (data / 'tokenizer.tiktoken').exists():
-            shutil.copy(data / 'tokenizer.tiktoken', new)
+            shutil.copyfile(data / 'tokenizer.tiktoken', new / 'tokenizer.tiktoken')  # not its permissions
         if state.best_step == state.step:
             shutil.rmtree(out / 'best.new', ignore_errors=True)
             shutil.copytree(new, out / 'best.new')
@@ -696,20 +689,22 @@ def plot():
 
 
 def begin():
-    """Cut metrics.jsonl to the step of the checkpoint, remove a run that is replaced, and start wandb."""
-    rows = [row for row in logged_rows() if resumed and row['step'] <= state.step]  # others are logged again
-    if not resumed:
-        for folder in checkpoints:
-            shutil.rmtree(folder, ignore_errors=True)
-    with fail_on(OSError):
-        (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-        (out / 'metrics.new').replace(out / 'metrics.jsonl')
+    """Start wandb, cut metrics.jsonl to the step of the checkpoint, and remove a run that is replaced."""
     if wandb_log:
         with fail_on(Exception, '; pip install wandb, or drop --wandb_log'):  # it raises many types
             import wandb
             wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings,
                        id=state.wandb or None, resume='allow')
             state.wandb = wandb.run.id
+    rows = [row for row in logged_rows() if resumed and row['step'] <= state.step]  # others are logged again
+    if not resumed:
+        for folder in checkpoints:
+            shutil.rmtree(folder, ignore_errors=True)
+    elif not best.exists() and (out / 'best.old').exists():
+        (out / 'best.old').rename(best)  # the run was killed between two renames
+    with fail_on(OSError):
+        (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        (out / 'metrics.new').replace(out / 'metrics.jsonl')
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
@@ -773,7 +768,11 @@ with explain_torch(advice):
         totals = torch.zeros(3, device=device)
         for number, (x, y) in zip(numbers, batches):
             torch.manual_seed(seed + state.sequences + number)  # dropout follows from the batch
-            share_gradients(number == numbers[-1])
+            ends_step = number == numbers[-1]  # only this backward has to average over the processes
+            if fsdp:
+                model.set_requires_all_reduce(ends_step)  # between copies; inside of one, every backward does
+            elif distributed:
+                net.require_backward_grad_sync = ends_step
             with autocast:
                 loss = net(x, y, return_logits=False, count=count)[1]
             scaler.scale(loss / len(batches)).backward()
@@ -833,7 +832,7 @@ elif rank == 0:
     plot()
     say(f'done: best val loss {state.best_loss:.4f}; {best} and {last} hold the model, {out}/metrics.jsonl '
         'the numbers')
-    if sample_tokens:
+    if sample_tokens and not fsdp:  # a model that was divided may not fit on one device
         command = [sys.executable, config.ROOT / 'sample.py', f'--out_dir={out_dir}', f'--device={device}',
                    f'--max_new_tokens={sample_tokens}', '--chat' if chats else f'--start={start}']
         subprocess.run(command, input=start, text=True)
