@@ -1034,7 +1034,7 @@ def locate_tensors(folder):
         with open_file(single) as file:
             return dict.fromkeys(file.keys(), single)
     for file in weight_map.values():
-        require(file in there, f'{index} names {file!r:.99}, which is not there; download it or remove the index')
+        require(file in there, f'{index} names {file!r:.99}, which is not there; download it')
     return {name: folder / file for name, file in weight_map.items()}
 
 
