@@ -405,10 +405,10 @@ def main():
         except (subprocess.CalledProcessError, OSError) as error:
             add_row(program, 'installation', error)
             continue
-        environment = os.environ | dict(PYTHON=sys.executable)
+        variables = os.environ | dict(PYTHON=sys.executable)
         with open(FOLDER / f'{program}.log', 'w') as log:
             again = [python, __file__, 'inside', program]
-            subprocess.run(again, env=environment, stdout=log, stderr=log)
+            subprocess.run(again, env=variables, stdout=log, stderr=log)
     for program, (what, why) in NOT_TRIED.items():
         add_row(program, what, why)
     print(TABLE.read_text())
