@@ -523,9 +523,10 @@ def draw(logits, temperature, top_k, top_p, min_p):
 # 4. fast ways
 
 def fast_attention(q, k, v, sinks, window, dropout):
-    """attention to all visible keys, in memory linear in T. CUDA's flash kernel takes all queries at once and
-    knows windows. Otherwise blocks of queries attend to their own block of keys and to those before, in
-    windows to one."""
+    """attention to all visible keys, without all (T, T) weights in memory.
+
+    CUDA's flash kernel knows windows, the CPU's does not. Without a kernel for the whole, queries are cut
+    into blocks. A block attends to its own keys and all before, in a sliding layer to one block before."""
     window = None if window is None or window >= q.size(1) else window
     flash = can_flash(q) and not dropout
     if flash and (q.is_cuda or window is None):
@@ -591,8 +592,7 @@ class FlashAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         q, k, v, sinks, y, lse, *state = ctx.saved_tensors
-        # lse must be the kernel's own: the compiler pads strides of what it computes, which the kernel
-        # ignores
+        # lse must be the kernel's own, because it ignores the strides that the compiler pads
         kept = torch.sigmoid(lse - sinks.float()[:, None])
         dsinks = -((1 - kept) * (dy.float() * y.float()).sum(-1).mT).sum((0, 2))
         dy = (dy * kept.mT[..., None]).to(dy.dtype)
@@ -631,8 +631,7 @@ def fast_experts(experts, x, chosen, router_weights):
 
 
 def move_rows(x, place):
-    """Move row i of x to row place[i]. Its backward reads rows; that of indexing adds them, on CUDA by
-    atomics."""
+    """Move row i of x to row place[i]. Backward reads rows, that of indexing adds, on CUDA by atomics."""
     return torch.empty_like(x).index_copy_(0, place, x)
 
 
@@ -665,8 +664,7 @@ def can_group(experts, rows):
 def group_experts(experts, rows, counts):
     """Rows (M, D), sorted by expert, through their experts -> (M, D). counts (E,): the rows of each expert.
 
-    It is one kernel on sm90 and sm100. On other GPUs PyTorch loops over the experts, and waits for the host.
-    """
+    It is one kernel on sm90 and sm100. Other GPUs loop over the experts and wait for the host."""
     ends = counts.cumsum(0)
     row = torch.arange(len(rows), device=rows.device)[:, None]
     member = ((ends - counts <= row) & (row < ends)).to(rows.dtype)  # (M, E): 1 where a row has this expert
@@ -707,8 +705,7 @@ def loop_experts(experts, rows, which, counts):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of x @ weight.T, in nats. x (N, D), weight (V, D), targets (N,) -> fp32
-    scalar.
+    """The summed cross-entropy of x @ weight.T, in nats, fp32. x (N, D), weight (V, D), targets (N,).
 
     Forward computes logits and gradients chunk by chunk, so that all (N, V) logits never exist. Target -1 is
     ignored. F.linear_cross_entropy exists from torch 2.13 on only, and the compiler cannot look into it."""
@@ -786,13 +783,11 @@ def configure_optimizers(model, learning_rate, muon_lr, betas, weight_decay, mes
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: orthogonalized momentum (kellerjordan.github.io/posts/muon). torch.optim.Muon takes 2-D
-    parameters.
+    """Muon: orthogonalized momentum (kellerjordan.github.io/posts/muon). PyTorch's takes matrices only.
 
     The parameters of a group have one shape: (out, in) of a Linear, or (E, in, out) of experts, where
     `pieces` matrices (gate and up) take turns in the last dimension. Processes divide the matrices among
-    them: those of mesh, which hold the same parameters, or those over which FSDP2 has sharded the
-    parameters."""
+    them: the processes of mesh, which hold the same parameters, or those over which FSDP2 shards them."""
 
     def __init__(self, groups, lr, momentum, weight_decay, mesh=None):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, pieces=1))
@@ -821,8 +816,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_sub_(weights, moves.view_as(averages).unbind())
 
     def average_gradients(self, params, momentum):
-        """Add the gradients to their running averages. Nesterov's momentum of each, stacked (P, ..., m, n).
-        """
+        """Add the gradients to their running averages -> Nesterov's momentum, stacked (P, ..., m, n)."""
         for p in params:
             if not self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
@@ -838,8 +832,7 @@ def take_local(tensor):
 
 
 def orthogonalize_divided(matrices, param, mesh, pieces):
-    """orthogonalize matrices (M, m, n) of parameters like param, each on one of the processes that share
-    them."""
+    """orthogonalize matrices (M, m, n) of parameters like param, each on one of the processes with parts."""
     if hasattr(param, 'placements'):
         mesh = param.device_mesh
     if mesh is None:
@@ -988,8 +981,7 @@ def num_parameters(model, active=False):
 
 
 def flops_per_token(model, T):
-    """Training FLOPs of an average token among T: 6 for each active parameter but the embedding's, and
-    attention's."""
+    """Training FLOPs of a token among T: attention's, and 6 per active parameter outside the embedding."""
     c = model.config
     keys = 0  # that a token sees on average, summed over the layers
     for layer_type in c.layer_types:
@@ -1030,7 +1022,8 @@ def locate_tensors(folder):
     files = [file for file in weight_map.values() if isinstance(file, str) and Path(file).name == file]
     there = [file for file in files if (folder / file).is_file()]
     if single.is_file() or not index.is_file():  # an index without its shards is of an older save
-        require(not there, f'{folder} holds two models, {single.name} and indexed shards; remove one')
+        good = set(there) <= {single.name}
+        require(good, f'{folder} holds two models, {single.name} and indexed shards; remove one')
         with open_file(single) as file:
             return dict.fromkeys(file.keys(), single)
     for file in weight_map.values():
@@ -1055,9 +1048,8 @@ class MXFP4(nn.Module):
 
     def __getitem__(self, e):
         # A code is sign, two bits of exponent, one of mantissa. At bits 15, 10 to 11 and 9 these are an fp16
-        # that is 2^14 times too small. Such arithmetic takes a third of the time of a table in compiled
-        # decoding.
-        # the low nibble is shifted by 12, the high one by 8
+        # that is 2^14 times too small. Compiled, a table takes three times as long as this arithmetic.
+        # The low nibble is shifted by 12, the high one by 8.
         shifts = torch.arange(12, 7, -4, dtype=torch.int16, device=self.blocks.device)
         bits = self.blocks[e].short()[..., None] << shifts >> 3 & -0x7200  # the mask is 0x8e00
         values = bits.flatten(-2).view(torch.float16).bfloat16() * 2 ** 13
@@ -1097,8 +1089,7 @@ class MXFP4(nn.Module):
 
 
 def find_checkpoint(path):
-    """The folder with config.json or adapter_config.json: path, or a download by hub id. Raises ValueError.
-    """
+    """The folder with config.json or adapter_config.json: path, or a hub id's download. Raises ValueError."""
     for name in ('adapter_config.json', 'config.json'):
         if os.path.isfile(Path(path, name)):  # Path.is_file raises OSError for names that are too long
             return Path(path)
@@ -1126,7 +1117,7 @@ def read_shape(path, **overrides):
         overrides = raw.get('overrides', {}) | overrides
         config, _ = read_shape(raw['base_model_name_or_path'], **overrides)
         return config, dict(lora_rank=int(raw['r']), lora_alpha=float(raw['lora_alpha']))
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {str(error):.300})') from error
 
 
@@ -1296,6 +1287,7 @@ def add_lora(model, rank, alpha):
 def merge_lora(model):
     """Add each adapter to its matrix and remove it. Raises ValueError for MXFP4."""
     packed = any(isinstance(module, MXFP4) for module in model.modules())
+    require(model.lora, 'the model has no adapters')
     require(not packed, "MXFP4 experts cannot hold merged adapters; load without experts='mxfp4'")
     for layer in model.model.layers:
         for linear in layer.self_attn.children():
@@ -1313,8 +1305,7 @@ def merge_lora(model):
 
 
 def peft_name(name):
-    """PEFT's name of an adapter's tensor. It wraps experts twice: for gate_up_proj inside, for down_proj
-    outside."""
+    """PEFT's name of an adapter's tensor. It wraps experts twice: gate_up_proj inside, down_proj outside."""
     name = name.replace('.lora.gate_up_proj.', '.base_layer.').replace('.lora.down_proj.', '.')
     return 'base_model.model.' + name.replace('.lora.', '.')
 
@@ -1341,8 +1332,7 @@ def save_adapter(model, path, weights=None):
 
 
 def load_adapters(cls, folder, dtype, device, expert_format, overrides):
-    """Load the model that adapter_config.json names, then its adapters. Those that the file lacks stay zero.
-    """
+    """Load the model that adapter_config.json names, then the adapters. Those not in the file stay zero."""
     raw = read_json(folder / 'adapter_config.json')
     try:
         check_peft_options(raw)
@@ -1360,7 +1350,7 @@ def load_adapters(cls, folder, dtype, device, expert_format, overrides):
             shape = tuple(model.get_parameter(name).shape)
             require(tensor.shape == shape, f'{name} is {tuple(tensor.shape)}, expected {shape}')
         model.load_state_dict(found, strict=False)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {str(error):.300})') from error
     return model
 

@@ -542,11 +542,17 @@ def encode_text(encoder, text):
     if not any(text[i:i + RUN].isspace() for i in range(0, len(text) - RUN + 1, RUN)):
         return encoder.encode_ordinary(text)
     # In long runs of white space, tiktoken's regular expressions overflow their stack; tokenizers' do not.
-    from tokenizers import Regex, pre_tokenizers
-    pattern = encoder._pat_str.replace('++$', r'+\z')  # as in an export
-    pattern = re.sub(r'([+*?]|\{\d+,?\d*\})\+', r'\1', pattern)
-    words = pre_tokenizers.Split(Regex(pattern), 'isolated').pre_tokenize_str(text)
+    words = make_splitter(encoder).pre_tokenize_str(text)
     return list(itertools.chain.from_iterable(encoder._encode_single_piece(word) for word, _ in words))
+
+
+def make_splitter(encoder):
+    """What cuts a text into words as an encoding of tiktoken does, by the package tokenizers."""
+    from tokenizers import Regex, pre_tokenizers
+    # Possessive repeats only save time, and other programs read them differently.
+    pattern = encoder._pat_str.replace('++$', r'+\z')
+    pattern = re.sub(r'([+*?]|\{\d+,?\d*\})\+', r'\1', pattern)
+    return pre_tokenizers.Split(Regex(pattern), 'isolated')
 
 
 def encode_prompt(encoder, text):

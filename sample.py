@@ -25,7 +25,8 @@ import torch
 from torch.utils._triton import has_triton
 
 from model import GPT, GPTConfig, find_checkpoint, read_json, write_json
-from prepare import END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, load_tokenizer, reading
+from prepare import (END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, load_tokenizer,
+                     make_splitter, reading)
 
 # -----------------------------------------------------------------------------
 # the model
@@ -288,7 +289,7 @@ def write_tokenizer(encoder, folder):
 
 def convert_tokenizer(encoder):
     """The tokenizer of the package tokenizers that equals an encoding of tiktoken."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     ranks = encoder._mergeable_ranks
     characters = byte_characters()
     written = {token: ''.join(map(characters.get, token)) for token in ranks}
@@ -298,10 +299,8 @@ def convert_tokenizer(encoder):
             if token[:i] in ranks and token[i:] in ranks:
                 merges.append((written[token[:i]], written[token[i:]]))
     bpe = Tokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
-    # Possessive repeats only save time, and other programs read them differently.
-    pattern = re.sub(r'([+*?]|\{\d+,?\d*\})\+', r'\1', encoder._pat_str.replace('++$', r'+\z'))
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'), spell])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([make_splitter(encoder), spell])
     bpe.decoder = decoders.ByteLevel()
     special = {number: name for name, number in reversed(encoder._special_tokens.items())}  # first name wins
     names = [special.get(number, f'<|unused_{number}|>') for number in range(len(ranks), encoder.n_vocab)]

@@ -843,6 +843,9 @@ def test_index(tmp_path):
     Path(single).unlink()
     shutil.copy(folder / 'model.safetensors.index.json', tmp_path / 'single')  # without its shards
     assert_same(make(1), GPT.from_pretrained(tmp_path / 'single', torch.float32))
+    names = dict.fromkeys(load_file(tmp_path / 'single/model.safetensors'), 'model.safetensors')
+    model.write_json(tmp_path / 'single/model.safetensors.index.json', dict(weight_map=names))
+    assert_same(make(1), GPT.from_pretrained(tmp_path / 'single', torch.float32))
     index = folder / 'model.safetensors.index.json'
     weight_map = model.read_json(index)['weight_map']
     for file in ('missing', '../model.safetensors', str(tmp_path / 'model.safetensors'), '.', 3, None):
@@ -942,6 +945,11 @@ def test_broken_adapters(tmp_path):
     for key, value in changes.items():
         model.write_json(json_file, raw | {key: value})
         assert_refused(folder)
+    model.write_json(json_file, raw | dict(base_model_name_or_path=str(folder)))
+    for load in (GPT.from_pretrained, model.read_shape):  # which it names as its own base
+        with pytest.raises(ValueError) as caught:
+            load(folder)
+        assert len(str(caught.value)) < 1000
     model.write_json(json_file, raw)
     file = folder / 'adapter_model.safetensors'
     adapters = load_file(file)
@@ -1607,7 +1615,7 @@ def test_evaluate(flags, fox):
 def test_epochs_and_schedule(flags):
     """An epoch draws every block once, in an order and at an offset of its own. Rates follow the schedule."""
     names = run('train.py', *SHAPE, *flags, max_iters=1).names
-    drawn = [names['epoch_rows'](epoch)[:, 0].tolist() for epoch in range(6)]
+    drawn = [names['shuffle_epoch'](epoch)[:, 0].tolist() for epoch in range(6)]
     epochs = [sorted(starts) for starts in drawn]
     for starts in epochs:
         assert len(starts) == names['rows_per_epoch'] and set(np.diff(starts)) == {16}
@@ -1704,15 +1712,18 @@ def test_bugs_keep_their_traceback(flags, monkeypatch):
         run('train.py', *SHAPE, *flags)
 
 
-@pytest.mark.parametrize('trap', [('step', 9), ('evaluation', 3), ('rename', 4), ('rename', 14)])
+@pytest.mark.parametrize('trap', [
+    ('step', 9), ('evaluation', 3), ('rename', 2), ('rename', 4), ('rename', 6), ('rename', 14)])
 def test_stopped(trap, flags, fox):
     """A run stopped by a signal, then resumed, gives the numbers and bits of a run that was not."""
     killed = 'rename' in trap
     said = launch(*SHAPE, *flags, *SHORT, trap=trap, status=-9 if killed else 0)
     missing = [name for name in ('best', 'last') if not Path('out', name).exists()]
-    assert len(missing) == killed  # between the two renamings that replace it
+    assert len(missing) == killed  # its first time, or between the two renamings that replace it
     assert killed or 'SIGTERM' in said and read_state()['step'] in (9, 10, 13)
-    launch(init_from='resume')  # the run remembers its other settings
+    finished = trap == ('rename', 14)  # only `best` of the last step was missing
+    said = launch(init_from='resume', status=2 if finished else 0)  # the run remembers its other settings
+    assert ('has done 24 steps' in said) == finished
     assert_same_run(fox / 'short')
 
 
@@ -1830,7 +1841,7 @@ def test_long_chats(flags):
         assert all(row['train_loss'] > 0 for row in read_metrics() if 'train_loss' in row)
         for split, rows in (('train', result.names['chat_rows']), ('val', result.names['val_rows'])):
             assert set(rows[:, 0] - 1) <= set(find_ends(split))
-            _, y = result.names['batch_at'](split, rows)
+            _, y = result.names['make_batch'](split, rows)
             assert (y >= 0).any(1).all()
             mask = np.fromfile(f'data/{split}_mask.bin', bool)
             assert (y[y >= 0].tolist() == tokens[split][mask].tolist()) == (block_size == longest)
@@ -1947,6 +1958,7 @@ BAD_INPUT = dict(
         ('config/tinystorys.py', 'tinystories.py'), ('typo.py', 'learning_rat'), ('crash.py', 'line 2'),
         ('--num_key_value_heads=3 --data_dir=data/builtin', '4', '3'), ('--layer_types=x,x', 'layer_types'),
         ('--batch_size=0 --data_dir=data/builtin', 'batch_size', '0'), ('--out_dir', '--out_dir='),
+        ('--batch_size=1e17', 'batch_size', 'tokens'),
         ('--block_size=500', '221', '501'), ('--vocab_size=5', 'data/', '5'), ('--device=tpu9', 'tpu9'),
         ('--dtype=int4', 'int4'), ('--fsdp', 'torchrun'), ('--init_from=nowhere', 'nowhere'),
         ('--lora_rank=4', 'lora_rank', 'init_from'), ('--init_from=short/best --experts=mxfp4', 'experts'),

@@ -97,8 +97,10 @@ fsdp = False  # under torchrun: shard weights, gradients and moments over the pr
 shard_size = 0  # with fsdp: processes that share one copy of them; 0: those of a node
 seed = 1  # of weights, batches and dropout
 # -----------------------------------------------------------------------------
-asked, names = config.read(__file__, model=True)  # all settings
-given = {key: asked[key] for key in names}  # by a file or a flag
+# asked: all settings, before a checkpoint is looked at. given: those that a file or a flag named. settings,
+# below: the final ones, in which a resumed run and a loaded model replace what was not given.
+asked, names = config.read(__file__, model=True)
+given = {key: asked[key] for key in names}
 
 # --- processes: this one, or those that torchrun started ----------------------------------------------------
 
@@ -111,7 +113,7 @@ if distributed:
 
 
 def on_rank_0(function, *arguments):
-    """What a function returns on rank 0, which alone calls it. Where it fails there, all processes end."""
+    """Call a function on rank 0 alone, and return its result on all. If it fails there, all processes end."""
     result = [None, False]  # and whether there is one
     try:
         if rank == 0:
@@ -126,7 +128,7 @@ def on_rank_0(function, *arguments):
 
 
 def add_up(tensor):
-    """Replace a tensor by the sum of those of all processes, and return it."""
+    """Add up a tensor over all processes, in place, and return it."""
     if distributed:
         with explain_torch(advice):
             dist.all_reduce(tensor)
@@ -168,7 +170,7 @@ def read_if_there(path):
 
 
 def read_state(folder):
-    """The state of a checkpoint whose files are all whole. Raises ValueError."""
+    """Read the state of a checkpoint. Raises ValueError if one of its files is damaged."""
     for file in {*folder.glob('*.safetensors'), folder / 'optimizer.safetensors'}:
         open_file(file)
     for file in folder.glob('*.json'):
@@ -190,10 +192,36 @@ def find_newest():
                 return folder, read_state(folder)
             except ValueError as error:
                 say(f'{folder} is damaged: {error}')
-    only_best = best.exists() and not (out / 'last.new').exists()  # or killed in its first checkpoint
-    check(not only_best and not last.exists() and not last_old.exists(),
+    check(not any(folder.exists() for folder in checkpoints),
           f'{out} has no readable checkpoint; --init_from={best} --out_dir=NEW starts from its best weights')
+    check(not asked['eval_only'], f'{out} holds no run to evaluate')
     return None, SimpleNamespace(**NEW)
+
+
+def put_in_place(folder):
+    """Flush NAME.new to the disk, then rename it to NAME. What had that name becomes NAME.old."""
+    new = folder.with_suffix('.new')
+    old = folder.with_suffix('.old')
+    for path in new.iterdir():
+        with open(path, 'r+b') as file:
+            os.fsync(file.fileno())
+    if hasattr(os, 'O_DIRECTORY'):  # Windows opens no folders
+        handle = os.open(new, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+
+
+def keep_best():
+    """Copy `last`, without the moments, to `best`."""
+    new = out / 'best.new'
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(last, new, ignore=shutil.ignore_patterns('optimizer.safetensors'))
+    put_in_place(best)
+    shutil.rmtree(out / 'best.old', ignore_errors=True)
 
 
 def claim_out_dir():
@@ -210,25 +238,24 @@ def claim_out_dir():
           f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 
 
-def find_start(init_from):
-    """(folder to load or None, state) of the run to resume, the checkpoint to start from, or a new model."""
-    if init_from == 'resume':
-        folder, state = find_newest()
-        check(folder or not asked['eval_only'], f'{out} holds no run to evaluate')
-        return folder, state
-    with fail_on(ValueError):
-        return None if init_from == 'scratch' else find_checkpoint(init_from), SimpleNamespace(**NEW)
-
-
 def decide():
     """(folder, state, all settings) of this run. A run that is resumed and a model that is loaded dictate
     settings in place of the defaults. What a file or a flag gave wins over both."""
     if not asked['eval_only']:
         claim_out_dir()
-    folder, state = find_start(asked['init_from'])
+    folder, state = None, SimpleNamespace(**NEW)
+    if asked['init_from'] == 'resume':
+        folder, state = find_newest()
+        is_best = folder == last and state.best_step == state.step and not asked['eval_only']
+        if is_best and read_if_there(best / 'state.json') != read_if_there(last / 'state.json'):
+            with fail_on(OSError):
+                keep_best()  # the run was killed before it did this
+    elif asked['init_from'] != 'scratch':
+        with fail_on(ValueError):
+            folder = find_checkpoint(asked['init_from'])
     declared = config.declared('model.py') | config.declared('train.py')
     of_run = {}
-    for key in state.settings.keys() & declared.keys() - OF_A_START:
+    for key in (state.settings.keys() & declared.keys()) - OF_A_START:
         of_run[key] = config.convert(f'{folder}/state.json: {key}', state.settings[key], declared[key][0])
     of_model = {}
     if folder:
@@ -260,11 +287,13 @@ def check_settings():
     check(not experts or lora_rank, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
     check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
     check(distributed or not fsdp, '--fsdp=True shards the model over processes; start it with torchrun')
-    even = world % shard_size == 0
-    check(even or not fsdp, f'{world} processes cannot form groups of shard_size ({shard_size})')
+    divides = world % shard_size == 0
+    check(divides or not fsdp, f'{world} processes cannot form groups of shard_size ({shard_size})')
     batches = gradient_accumulation_steps
+    tokens = batches * batch_size * block_size
+    check(tokens < 2 ** 31, f'with batch_size={batch_size} a step has {tokens} tokens, more than 2^31')
     check(batches % world == 0 or eval_only, f'{world} processes cannot share {batches} batches evenly; give '
-          f'--gradient_accumulation_steps={batches + -batches % world}')
+          f'--gradient_accumulation_steps={math.ceil(batches / world) * world}')
     check(eval_only or state.step < max_iters,
           f'{folder} has done {state.step} steps of max_iters ({max_iters}); enlarge it')
 
@@ -272,7 +301,7 @@ def check_settings():
 folder, state, settings = on_rank_0(decide)
 resumed = state.step > 0
 state.settings = settings  # with 'auto' and 0, which can mean something else on the next machine
-globals().update(settings)
+globals().update(settings)  # this defines every field of GPTConfig too, such as max_position_embeddings
 shape = {key: settings[key] for key in SHAPE}
 device, dtype = config.pick_device(device, dtype)
 shard_size = shard_size or int(os.environ.get('LOCAL_WORLD_SIZE', world))
@@ -318,7 +347,7 @@ def open_bin(split, kind=token_dtype, suffix=''):
     return np.memmap(path, kind, 'r')
 
 
-def rows_of_text(split):
+def cut_text(split):
     """Rows (start, stop) that together predict every token of a text once. A row stops at the last end of a
     document within block_size tokens, or is full where there is none. The last incomplete row is dropped."""
     tokens = open_bin(split)
@@ -332,7 +361,7 @@ def rows_of_text(split):
     return np.array(rows)
 
 
-def rows_of_chats(split):
+def cut_chats(split):
     """Rows (start, stop) of as many whole chats as fit. A chat longer than a row loses its end, and a row
     without an answer is dropped."""
     ends = np.flatnonzero(open_bin(split) == end_of_text)
@@ -347,29 +376,29 @@ def rows_of_chats(split):
     answers_before = np.append(0, np.cumsum(open_bin(split, np.uint8, '_mask'), dtype=np.int64))
     answers = answers_before[rows[:, 1] + 1] - answers_before[rows[:, 0] + 1]
     lost = answers_before[-1] - answers.sum()
-    advice = f'--block_size={(ends - starts).max()} takes all'
-    check(answers.any(), f'no answer in {data / split}.bin is within block_size ({block_size}); {advice}')
+    remedy = f'--block_size={(ends - starts).max()} takes all'
+    check(answers.any(), f'no answer in {data / split}.bin is within block_size ({block_size}); {remedy}')
     if lost:
         longer = (ends - starts > block_size).sum()
         say(f'{data / split}.bin: {longer:,} chats are longer than block_size ({block_size}), so {lost:,} of '
-            f'{answers_before[-1]:,} answer tokens are left out; {advice}')
+            f'{answers_before[-1]:,} answer tokens are left out; {remedy}')
     return rows[answers > 0]
 
 
 if chats:
-    chat_rows = rows_of_chats('train')
-    val_rows = rows_of_chats('val')
+    chat_rows = cut_chats('train')
+    val_rows = cut_chats('val')
     rows_per_epoch = len(chat_rows)
 else:
     for split, size in sizes.items():
         check(size > block_size, f'{data / split}.bin has {size} tokens, fewer than block_size + 1 = '
                                  f'{block_size + 1}; take more text or a smaller --block_size')
-    val_rows = rows_of_text('val')
+    val_rows = cut_text('val')
     rows_per_epoch = max(1, (sizes['train'] - block_size) // block_size)
 
 
 @lru_cache(maxsize=2)
-def epoch_rows(epoch):
+def shuffle_epoch(epoch):
     """The rows of an epoch, shuffled. Each epoch cuts a text into blocks at another offset."""
     rng = np.random.default_rng((seed, epoch))
     if chats:
@@ -381,7 +410,7 @@ def epoch_rows(epoch):
     return rows[rng.permutation(rows_per_epoch)]
 
 
-def batch_at(split, rows):
+def make_batch(split, rows):
     """Rows (start, stop) of a split -> inputs and targets, int64 (B, block_size); -1 is no target."""
     tokens = open_bin(split)
     mask = open_bin(split, np.uint8, '_mask') if chats else None
@@ -398,19 +427,19 @@ def batch_at(split, rows):
     return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 
-def train_batch(number):
+def draw_batch(number):
     """A batch of this step. The seed and the sequences drawn before determine it, so that a resumed run draws
     the same, with any number of processes."""
     first = state.sequences + number * batch_size
-    rows = [epoch_rows(i // rows_per_epoch)[i % rows_per_epoch] for i in range(first, first + batch_size)]
-    return batch_at('train', rows)
+    rows = [shuffle_epoch(i // rows_per_epoch)[i % rows_per_epoch] for i in range(first, first + batch_size)]
+    return make_batch('train', rows)
 
 
 # --- model and optimizers -----------------------------------------------------------------------------------
 
 def check_tokenizer():
-    """The longest block_size that the model was trained with, None if unknown. A model needs the tokenizer
-    of the data, and a run goes on with the same data."""
+    """Check that model and data have the same tokenizer, and that a run goes on with the same data. Gives the
+    longest block_size of the training so far, None if unknown."""
     if not folder:
         return block_size
     if not (folder / 'meta.json').exists():
@@ -419,8 +448,8 @@ def check_tokenizer():
     with fail_on(ValueError):
         theirs = read_json(folder / 'meta.json')
     same = all(theirs.get(key) == meta.get(key) for key in ('tokenizer', 'vocab_size', 'special_tokens'))
-    ranks = [read_if_there(path / 'tokenizer.tiktoken') for path in (folder, data)]
-    check(same and ranks[0] == ranks[1],
+    files = [read_if_there(path / 'tokenizer.tiktoken') for path in (folder, data)]
+    check(same and files[0] == files[1],
           f'{folder} has another tokenizer than {data_dir}; prepare the data with --tokenizer={folder}')
     changed = any(theirs.get(key) != meta[key] for key in meta)
     check(not resumed or not changed or 'data_dir' in given,
@@ -500,7 +529,8 @@ def gather():
 
 
 def load_moments(path):
-    """The inverse, for the moments. With fsdp rank 0 reads the file, and every process gets its part."""
+    """Load the moments that `gather` returned. With fsdp rank 0 reads the file, and every process gets its
+    part."""
     moments = name_moments() | dict(expert_load=model.expert_load)  # the tensors themselves
     stored = {}
     if rank == 0 or not fsdp:
@@ -568,7 +598,7 @@ def evaluate():
     total = torch.zeros(2, device=device)  # the summed loss, and the number of targets
     net.eval()
     for i in range(0, len(rows), size):
-        x, y = batch_at('val', rows[i:i + size])
+        x, y = make_batch('val', rows[i:i + size])
         with autocast:
             loss = net(x, y, return_logits=False, count=1)[1]  # count=1: the sum
         total += torch.stack((loss, (y >= 0).sum()))
@@ -600,8 +630,7 @@ def report(val_loss):
 
 
 def write_checkpoint(weights, moments):
-    """Write last.new, which becomes `last` when it is whole. The best is first copied to `best`, without
-    moments: a run that is killed in between is resumed before, and does this again."""
+    """Write last.new, which becomes `last` when it is whole. The `last` before becomes last.old."""
     new = out / 'last.new'
     state.scaler = scaler.state_dict()
     try:
@@ -611,38 +640,18 @@ def write_checkpoint(weights, moments):
             model.save_adapter(new, weights)
         else:
             model.save_pretrained(new, weights=weights)
+        save_file(moments, new / 'optimizer.safetensors')
         write_json(new / 'meta.json', meta | dict(block_size=trained_on))
         write_json(new / 'state.json', vars(state))
         if (data / 'tokenizer.tiktoken').exists():
             shutil.copyfile(data / 'tokenizer.tiktoken', new / 'tokenizer.tiktoken')  # not its permissions
-        if state.best_step == state.step:
-            shutil.rmtree(out / 'best.new', ignore_errors=True)
-            shutil.copytree(new, out / 'best.new')
-            put_in_place(best)
-            shutil.rmtree(out / 'best.old', ignore_errors=True)
-        save_file(moments, new / 'optimizer.safetensors')
         put_in_place(last)
+        if state.best_step == state.step:
+            keep_best()
     except OSError as error:
         for name in ('last.new', 'best.new'):  # they may fill the disk
             shutil.rmtree(out / name, ignore_errors=True)
         config.fail(f'{error}; the checkpoints in {out} are whole')
-
-
-def put_in_place(folder):
-    """Flush NAME.new to the disk, then rename it to NAME. What had that name becomes NAME.old."""
-    new = folder.with_suffix('.new')
-    old = folder.with_suffix('.old')
-    for path in new.iterdir():
-        with open(path, 'r+b') as file:
-            os.fsync(file.fileno())
-    if hasattr(os, 'O_DIRECTORY'):  # Windows opens no folders
-        handle = os.open(new, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
 
 
 def log(row):
@@ -659,7 +668,7 @@ def log(row):
         wandb.log(row, step=state.step)
 
 
-def logged_rows():
+def read_metrics():
     with suppress(OSError, ValueError):  # no file yet, or a line that a crash cut short
         for line in open(out / 'metrics.jsonl'):
             yield json.loads(line)
@@ -673,7 +682,7 @@ def plot():
         return say('(pip install matplotlib, and the next run draws loss.png)')
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
     axes = figure.subplots()
-    rows = list(logged_rows())
+    rows = list(read_metrics())
     for key, label, style in (('train_loss', 'training', '-'), ('val_loss', 'validation', 'o-')):
         points = [(row['step'], row[key]) for row in rows if row.get(key)]
         axes.plot(*np.reshape(points, (-1, 2)).T, style, label=label, markersize=4, linewidth=1.2)
@@ -688,7 +697,7 @@ def plot():
         figure.savefig(out / 'loss.png', dpi=120)
 
 
-def begin():
+def start_logs():
     """Start wandb, cut metrics.jsonl to the step of the checkpoint, and remove a run that is replaced."""
     if wandb_log:
         with fail_on(Exception, '; pip install wandb, or drop --wandb_log'):  # it raises many types
@@ -696,12 +705,10 @@ def begin():
             wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings,
                        id=state.wandb or None, resume='allow')
             state.wandb = wandb.run.id
-    rows = [row for row in logged_rows() if resumed and row['step'] <= state.step]  # others are logged again
+    rows = [row for row in read_metrics() if resumed and row['step'] <= state.step]  # others are logged again
     if not resumed:
         for folder in checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
-    elif not best.exists() and (out / 'best.old').exists():
-        (out / 'best.old').rename(best)  # the run was killed between two renames
     with fail_on(OSError):
         (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
         (out / 'metrics.new').replace(out / 'metrics.jsonl')
@@ -722,7 +729,7 @@ def schedule(step):
     return fraction + (1 - fraction) * min_lr / learning_rate
 
 
-def stop(number, frame):
+def note_signal(number, frame):
     """Finish the step, save, and end. A second Ctrl-C ends at once, but torchrun sends it twice by itself."""
     global stopped_by
     if stopped_by and number == signal.SIGINT and not distributed:
@@ -741,17 +748,17 @@ if eval_only:
     if distributed:
         dist.destroy_process_group()
     sys.exit()
-on_rank_0(begin)
+on_rank_0(start_logs)
 stopped_by = None
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, stop)
+    signal.signal(number, note_signal)
 progress = tqdm(total=max_iters, initial=state.step, unit='step', dynamic_ncols=True, disable=rank > 0)
 seconds = []  # of each step since the last row of metrics.jsonl
 bad_steps = 0  # in a row
 stopping = False
 net.train()
 with explain_torch(advice):
-    if state.step == 0:
+    if not resumed:
         report(evaluate())
     while state.step < max_iters and not stopping:
         began = time.perf_counter()
@@ -762,7 +769,7 @@ with explain_torch(advice):
 
         # forward and backward: this process has every world-th batch of the step
         numbers = range(rank, gradient_accumulation_steps, world)
-        batches = [train_batch(number) for number in numbers]
+        batches = [draw_batch(number) for number in numbers]
         # the mean number of targets in a batch; dividing by it gives every target of the step equal weight
         count = add_up(sum((y >= 0).sum() for _, y in batches)).clamp(min=1) / gradient_accumulation_steps
         totals = torch.zeros(3, device=device)
@@ -798,7 +805,7 @@ with explain_torch(advice):
         state.skipped += not finite
         state.losses.append((loss - router_aux_loss_coef * balance, balance))
         bad_steps = 0 if finite else bad_steps + 1
-        stopping = stopping or bad_steps == 10
+        stopping = stopping > 0 or bad_steps == 10
         seconds.append(time.perf_counter() - began)
         if state.step % log_interval == 0 or state.step == max_iters:
             train_loss, balance_loss = np.mean(state.losses, axis=0).tolist()

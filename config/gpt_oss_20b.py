@@ -3,9 +3,9 @@ The shape of openai/gpt-oss-20b: 20.9 B parameters, 3.6 B of them active for a t
 
     python sample.py config/gpt_oss_20b.py --start="The capital of France is"
 
-What is not named here (the sliding window of 128, RoPE with YaRN, the SwiGLU's limit) is gpt-oss's in GPTConfig too.
-It is there to sample from, to measure and to take apart. Training all of it takes many GPUs and --fsdp=True; what
-each of them needs tells: python bench.py config/gpt_oss_20b.py --scale
+What is not named here (the sliding window of 128, RoPE with YaRN, the SwiGLU's limit) is gpt-oss's in
+GPTConfig too. It is there to sample from, to measure and to take apart. Training all of it takes many GPUs
+and --fsdp=True. What each of them needs: python bench.py config/gpt_oss_20b.py --scale
 """
 
 init_from = 'openai/gpt-oss-20b'  # a hub id, or the folder of a download

@@ -19,7 +19,7 @@ num_attention_heads = 6
 num_key_value_heads = 2
 head_dim = 64
 hidden_size = 384
-intermediate_size = 384  # two experts of 8 are active, so a token meets fewer parameters than in nanoGPT's dense model
+intermediate_size = 384  # two of 8 experts: a token meets fewer parameters than in nanoGPT
 dropout = 0.2
 
 max_iters = 2000  # of nanoGPT's 5000, the most of which it spends on overfitting

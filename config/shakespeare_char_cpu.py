@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare by character on a CPU, trained as long as in nanoGPT's README: 2000 steps of 12 x 64 characters.
+Tiny Shakespeare by character on a CPU, as long as in nanoGPT's README: 2000 steps of 12 x 64 characters.
 
     python prepare.py config/shakespeare_char_cpu.py
     python train.py config/shakespeare_char_cpu.py
@@ -14,7 +14,7 @@ start = '\n'
 
 batch_size = 12
 block_size = 64
-num_hidden_layers = 3  # 441 thousand active parameters; nanoGPT's dense model has 804 thousand in 4 layers of 128
+num_hidden_layers = 3  # 441 thousand active parameters; nanoGPT has 804 thousand in 4 layers of 128
 hidden_size = 144
 intermediate_size = 96
 router_aux_loss_coef = 0.1  # 0.01 learns no more, the busiest expert at 1.9 times an equal share
