@@ -214,7 +214,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache.update(k, v)
         if cache is not None and T == 1:
-            y = attention(q, cache.k, cache.v, self.sinks, cache.slots < cache.position)
+            k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
+            y = attention(q, k, v, self.sinks, cache.slots < cache.position)
         elif FAST:
             y = fast_attention(q, k, v, self.sinks, self.window, dropout)
         else:
@@ -461,25 +462,24 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys (after RoPE) and values of one layer, (B, size, KV, hd). Once all slots are used, the newest token
+    """Keys (after RoPE) and values of one layer, (B, KV, size, hd). Once all slots are used, the newest token
     replaces the oldest, so sliding_window slots are the window. The order of slots does not matter to a
     softmax. The position is a tensor and shapes stay the same, so one compiled step serves every token."""
 
     def __init__(self, config, layer_type, batch_size, length, dtype, device):
         size = min(length, config.sliding_window) if layer_type == SLIDING else length
-        shape = batch_size, config.num_key_value_heads, size, config.head_dim  # in memory, for matmuls
-        self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
-        self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        shape = batch_size, config.num_key_value_heads, size, config.head_dim  # as matmuls read it
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = torch.arange(size, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
 
     def update(self, k, v):
         """Store k and v (B, T, KV, hd) of the next T tokens. Only the last `size` tokens are kept."""
-        T = k.size(1)
-        size = self.k.size(1)
+        T, size = k.size(1), self.k.size(2)
         written = (self.position + torch.arange(T, device=k.device))[-size:] % size
-        self.k.index_copy_(1, written, k[:, -size:])
-        self.v.index_copy_(1, written, v[:, -size:])
+        self.k.index_copy_(2, written, k[:, -size:].transpose(1, 2))
+        self.v.index_copy_(2, written, v[:, -size:].transpose(1, 2))
         self.position += T
 
 

@@ -509,7 +509,7 @@ def test_cache(prompt, changes):
         expected = gpt.hidden_states(idx)[0]
     torch.testing.assert_close(torch.cat(states, dim=1), expected, rtol=0, atol=1e-4)
     for cache, layer_type in zip(caches, gpt.config.layer_types):
-        assert cache.k.size(1) == (gpt.config.sliding_window if layer_type == SLIDING else 70)
+        assert cache.k.size(2) == (gpt.config.sliding_window if layer_type == SLIDING else 70)
         assert cache.position == 70
 
 
