@@ -9,6 +9,8 @@ No test needs a network. gpt-oss's and GPT-2's tokenizers are tested where TIKTO
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # a second thread slows down models as small as these
+if 'TIKTOKEN_CACHE_DIR' in os.environ:  # each test runs in a folder of its own
+    os.environ['TIKTOKEN_CACHE_DIR'] = os.path.abspath(os.environ['TIKTOKEN_CACHE_DIR'])
 
 import ast
 import base64
