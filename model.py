@@ -21,6 +21,8 @@ import json
 import math
 import os
 import shutil
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -877,17 +879,42 @@ def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None,
     """Load a folder or a Hugging Face hub id: a model, or adapters and the model that they name.
 
     experts='mxfp4' keeps the matrices of the experts at four bits a value; they do not train. overrides
-    replace fields of GPTConfig. Raises ValueError, which names the tensors that do not fit."""
+    replace fields of GPTConfig. Raises ValueError, which names the tensors that do not fit. A folder that is
+    replaced meanwhile, such as a run's best/, is read again."""
     require(experts in (None, 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or None')
+    seen = None
+    while seen != stamp_files(path):
+        seen = stamp_files(path)
+        model = error = None  # frees the model that was read before
+        try:
+            adapted = (find_checkpoint(path) / 'adapter_config.json').is_file()
+            load = load_adapters if adapted else load_model
+            model = load(cls, path, dtype, device, experts, overrides)
+        except ValueError as caught:
+            error = caught
+    if error:
+        raise error
+    return model
+
+
+def stamp_files(path):
+    """What changes when the files of a checkpoint are replaced. An empty set for a hub id."""
+    found = set()
+    for file in (*Path(path).glob('*.json'), *Path(path).glob('*.safetensors')):
+        with suppress(OSError):  # it is gone
+            found.add((file, file.stat().st_ino, file.stat().st_mtime_ns))
+    return found
+
+
+def load_model(cls, path, dtype, device, expert_format, overrides):
+    """The model, without adapters, of a folder or hub id. Raises ValueError."""
     folder = find_checkpoint(path)
-    if (folder / 'adapter_config.json').is_file():
-        return load_adapters(cls, folder, dtype, device, experts, overrides)
     config, _ = read_shape(folder, **overrides)
     overflows = dtype == torch.float16 and config.hidden_size == 2880
     require(not overflows, "gpt-oss's activations exceed the range of float16; use bfloat16 or float32")
     with torch.device('meta'):
         model = cls(config)
-    load_weights(model, folder, dtype, device, experts)
+    load_weights(model, folder, dtype, device, expert_format)
     model.base = str(path), overrides
     return model
 
@@ -920,10 +947,9 @@ def save_pretrained(model, path, dtype=None, experts=None, shard_size=5e9, weigh
 
     dtype None keeps that of the parameters. experts='mxfp4' writes the matrices of the experts at four bits
     a value. A model larger than shard_size bytes gets one file for each layer. weights, a state_dict, are
-    written in place of the model's own. The new files replace the folder's old ones after all are written."""
+    written in place of the model's own. The new checkpoint replaces an older one, see replace_checkpoint."""
     require(experts in (None, 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or None')
     require(not model.lora, 'the model has adapters: merge_lora first, or save_adapter to save them alone')
-    folder = Path(path)
     dtype = dtype or model.lm_head.weight.dtype
     tensors = stored_tensors(model)
     shards = {}
@@ -933,15 +959,70 @@ def save_pretrained(model, path, dtype=None, experts=None, shard_size=5e9, weigh
     for name in tensors:
         shard = name.split('.')[2] if large and '.layers.' in name else 'rest'
         shards.setdefault(shard, {})[name] = weights[name] if weights else tensors[name]
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as temporary:
-        new = Path(temporary)
+    with replace_checkpoint(path) as new:
         write_config(model.config, new, dtype, experts)
         write_shards(list(shards.values()), new, dtype, experts)
-        for old in (*folder.glob('model*.safetensors*'), *folder.glob('adapter_*')):
-            old.unlink()
-        for file in new.iterdir():
-            file.replace(folder / file.name)
+
+
+@contextmanager
+def replace_checkpoint(path):
+    """Yield an empty folder to write a checkpoint to, which in the end becomes `path`, whole or not at all.
+
+    Files that are not of a checkpoint stay. Killed between two renamings, both checkpoints are whole in a
+    folder NAME-RANDOM beside it. Where the folder cannot be renamed, files are replaced one by one, first
+    without config.json, so that half of them are no checkpoint."""
+    folder = Path(path).resolve()
+    in_use = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)
+    fixed = folder.exists() and (in_use or not os.access(folder.parent, os.W_OK))
+    place = folder if fixed else folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=place, prefix=f'{folder.name}-') as temporary:
+        new = Path(temporary, 'new')
+        old = Path(temporary, 'old')
+        new.mkdir()
+        yield new
+        if not fixed:
+            put_in_place(new, folder, old)
+        before = sorted((folder if fixed else old).glob('*'))  # config.json comes before model.safetensors
+        for file in before:
+            ours = any(map(file.match, ('config.json', 'model*.safetensors*', 'adapter_*')))
+            if fixed and ours:
+                file.unlink()
+            elif not fixed and not ours:
+                file.rename(folder / file.name)
+        for file in sorted(new.glob('*'), reverse=True):
+            file.rename(folder / file.name)
+
+
+def put_in_place(new, folder, old):
+    """Flush a folder to the disk and rename it to `folder`. What had this name gets the name `old`."""
+    for file in new.iterdir():
+        with open(file, 'r+b') as stream:
+            os.fsync(stream.fileno())
+    if hasattr(os, 'O_DIRECTORY'):  # Windows opens no folders
+        handle = os.open(new, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if os.path.lexists(folder):
+        remove_folder(old)
+        rename(folder, old)
+    rename(new, folder)
+
+
+def remove_folder(folder):
+    """Remove a folder, or a link to one, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rename(folder, name):
+    """Rename a folder. Windows refuses while a reader has a file open, so it is tried for five seconds."""
+    for _ in range(10):
+        with suppress(PermissionError):
+            return folder.rename(name)
+        time.sleep(0.5)
+    folder.rename(name)
 
 
 def write_shards(shards, folder, dtype, expert_format):
@@ -1326,13 +1407,14 @@ def save_adapter(model, path, weights=None):
         raw['overrides'] = overrides
     tensors = weights or model.state_dict()
     tensors = {peft_name(name): tensors[name].contiguous() for name in tensors if 'lora.' in name}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'adapter_config.json', raw)
-    save_file(tensors, folder / 'adapter_model.safetensors')
+    with replace_checkpoint(folder) as new:
+        write_json(new / 'adapter_config.json', raw)
+        save_file(tensors, new / 'adapter_model.safetensors')
 
 
-def load_adapters(cls, folder, dtype, device, expert_format, overrides):
+def load_adapters(cls, path, dtype, device, expert_format, overrides):
     """Load the model that adapter_config.json names, then the adapters. Those not in the file stay zero."""
+    folder = find_checkpoint(path)
     raw = read_json(folder / 'adapter_config.json')
     try:
         check_peft_options(raw)

@@ -20,13 +20,15 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
 from tqdm.auto import tqdm
 
-from model import GPT, GPTConfig, find_checkpoint, open_file, read_json, read_shape, save_file, write_json
+from model import (GPT, GPTConfig, find_checkpoint, open_file, put_in_place, read_json, read_shape,
+                   remove_folder, save_file, write_json)
 
 # -----------------------------------------------------------------------------
 # files
@@ -155,7 +158,7 @@ def say(message):
 out = Path(asked['out_dir'])
 best, last, last_old = out / 'best', out / 'last', out / 'last.old'
 checkpoints = (best, last, last_old)
-lock = FileLock(out / '.lock')  # rank 0 holds it; the system releases it when the process ends
+lock = FileLock(out / '.lock')  # rank 0 holds it while it writes
 NEW = dict(step=0, sequences=0, tokens=0, skipped=0, best_loss=math.inf, best_step=0, wandb='', scaler={},
            settings={}, losses=[])  # losses: of the steps since the last row of metrics.jsonl
 OF_A_START = {'out_dir', 'init_from', 'overwrite', 'eval_only', 'fsdp', 'shard_size'}  # not kept by a run
@@ -198,37 +201,24 @@ def find_newest():
     return None, SimpleNamespace(**NEW)
 
 
-def put_in_place(folder):
-    """Flush NAME.new to the disk, then rename it to NAME. What had that name becomes NAME.old."""
-    new = folder.with_suffix('.new')
-    old = folder.with_suffix('.old')
-    for path in new.iterdir():
-        with open(path, 'r+b') as file:
-            os.fsync(file.fileno())
-    if hasattr(os, 'O_DIRECTORY'):  # Windows opens no folders
-        handle = os.open(new, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-
-
 def keep_best():
     """Copy `last`, without the moments, to `best`."""
     new = out / 'best.new'
-    shutil.rmtree(new, ignore_errors=True)
+    remove_folder(new)
     shutil.copytree(last, new, ignore=shutil.ignore_patterns('optimizer.safetensors'))
-    put_in_place(best)
-    shutil.rmtree(out / 'best.old', ignore_errors=True)
+    put_in_place(new, best, out / 'best.old')
+    remove_folder(out / 'best.old')
 
 
-def claim_out_dir():
-    """Lock out_dir. Refuse to overwrite a run, unless --overwrite asks for it."""
+def take_lock():
     with fail_on((OSError, NotImplementedError), f'; is another run writing to {out}?'):
+        return lock.acquire(timeout=0)
+
+
+def check_out_dir():
+    """Refuse to overwrite a run, unless --overwrite asks for it."""
+    with fail_on(OSError):
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
     runs = {path.resolve() for path in checkpoints if path.exists()}
     init_from = asked['init_from']
     check(not runs or init_from == 'resume' or asked['overwrite'],
@@ -242,13 +232,13 @@ def decide():
     """(folder, state, all settings) of this run. A run that is resumed and a model that is loaded dictate
     settings in place of the defaults. What a file or a flag gave wins over both."""
     if not asked['eval_only']:
-        claim_out_dir()
+        check_out_dir()
     folder, state = None, SimpleNamespace(**NEW)
     if asked['init_from'] == 'resume':
         folder, state = find_newest()
         is_best = folder == last and state.best_step == state.step and not asked['eval_only']
         if is_best and read_if_there(best / 'state.json') != read_if_there(last / 'state.json'):
-            with fail_on(OSError):
+            with take_lock(), fail_on(OSError):
                 keep_best()  # the run was killed before it did this
     elif asked['init_from'] != 'scratch':
         with fail_on(ValueError):
@@ -284,6 +274,7 @@ def check_settings():
     check(block_size <= max_position_embeddings,
           f'block_size ({block_size}) exceeds max_position_embeddings ({max_position_embeddings})')
     check(folder or not lora_rank and not experts, 'lora_rank and experts adapt a model: give --init_from')
+    check(experts in ('', 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or empty')
     check(not experts or lora_rank, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
     check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
     check(distributed or not fsdp, '--fsdp=True shards the model over processes; start it with torchrun')
@@ -632,10 +623,9 @@ def report(val_loss):
 def write_checkpoint(weights, moments):
     """Write last.new, which becomes `last` when it is whole. The `last` before becomes last.old."""
     new = out / 'last.new'
+    remove_folder(new)
     state.scaler = scaler.state_dict()
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
         if lora_rank:
             model.save_adapter(new, weights)
         else:
@@ -645,12 +635,12 @@ def write_checkpoint(weights, moments):
         write_json(new / 'state.json', vars(state))
         if (data / 'tokenizer.tiktoken').exists():
             shutil.copyfile(data / 'tokenizer.tiktoken', new / 'tokenizer.tiktoken')  # not its permissions
-        put_in_place(last)
+        put_in_place(new, last, last_old)
         if state.best_step == state.step:
             keep_best()
     except OSError as error:
         for name in ('last.new', 'best.new'):  # they may fill the disk
-            shutil.rmtree(out / name, ignore_errors=True)
+            remove_folder(out / name)
         config.fail(f'{error}; the checkpoints in {out} are whole')
 
 
@@ -676,10 +666,7 @@ def read_metrics():
 
 def plot():
     """Draw metrics.jsonl as loss.png."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        return say('(pip install matplotlib, and the next run draws loss.png)')
+    import matplotlib.figure
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
     axes = figure.subplots()
     rows = list(read_metrics())
@@ -693,12 +680,14 @@ def plot():
     axes.set(xlabel='step', ylabel='loss (nats per token)', yscale='log')
     axes.yaxis.set_major_formatter('{x:g}')
     axes.legend()
-    with fail_on(OSError):
-        figure.savefig(out / 'loss.png', dpi=120)
+    figure.savefig(out / 'loss.png', dpi=120)
 
 
-def start_logs():
-    """Start wandb, cut metrics.jsonl to the step of the checkpoint, and remove a run that is replaced."""
+def start_writing():
+    """Lock out_dir. Start wandb, cut metrics.jsonl to the step of the checkpoint, and remove a run that is
+    replaced."""
+    take_lock()
+    check(not resumed or read_state(folder).step == state.step, f'another run has written {folder} meanwhile')
     if wandb_log:
         with fail_on(Exception, '; pip install wandb, or drop --wandb_log'):  # it raises many types
             import wandb
@@ -707,8 +696,8 @@ def start_logs():
             state.wandb = wandb.run.id
     rows = [row for row in read_metrics() if resumed and row['step'] <= state.step]  # others are logged again
     if not resumed:
-        for folder in checkpoints:
-            shutil.rmtree(folder, ignore_errors=True)
+        for old in checkpoints:
+            remove_folder(old)
     with fail_on(OSError):
         (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
         (out / 'metrics.new').replace(out / 'metrics.jsonl')
@@ -730,11 +719,36 @@ def schedule(step):
 
 
 def note_signal(number, frame):
-    """Finish the step, save, and end. A second Ctrl-C ends at once, but torchrun sends it twice by itself."""
+    """Finish the step, save, and end."""
     global stopped_by
     if stopped_by and number == signal.SIGINT and not distributed:
         raise KeyboardInterrupt
     stopped_by = signal.Signals(number).name
+
+
+def end_at_second(signals, written):
+    """End this process at its second signal, even where it waits for a frozen process and handles none."""
+    signals.recv(1)
+    os._exit(128 + signals.recv(1)[0])
+
+
+@contextmanager
+def handle_signals():
+    """Let note_signal handle Ctrl-C and SIGTERM. In a notebook the process outlives the run, so that the
+    handlers and the lock must not."""
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, note_signal) for number in caught]
+    if distributed and 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun sends each twice, then kills
+        signals, written = socket.socketpair()
+        written.setblocking(False)
+        signal.set_wakeup_fd(written.fileno())
+        Thread(target=end_at_second, args=[signals, written], daemon=True).start()
+    try:
+        yield
+    finally:
+        for number, handler in zip(caught, before):
+            signal.signal(number, handler)
+        lock.release()
 
 
 machine = f'{world} x {device}' if distributed else device
@@ -748,16 +762,14 @@ if eval_only:
     if distributed:
         dist.destroy_process_group()
     sys.exit()
-on_rank_0(start_logs)
 stopped_by = None
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, note_signal)
 progress = tqdm(total=max_iters, initial=state.step, unit='step', dynamic_ncols=True, disable=rank > 0)
 seconds = []  # of each step since the last row of metrics.jsonl
 bad_steps = 0  # in a row
 stopping = False
 net.train()
-with explain_torch(advice):
+with handle_signals(), explain_torch(advice):
+    on_rank_0(start_writing)
     if not resumed:
         report(evaluate())
     while state.step < max_iters and not stopping:
@@ -836,7 +848,10 @@ if state.step < max_iters:
     say(f'{stopped_by or "another process"} stopped the run after step {state.step}; --out_dir={out_dir} '
         '--init_from=resume continues it')
 elif rank == 0:
-    plot()
+    try:
+        plot()
+    except Exception as error:  # matplotlib raises many types
+        say(f'(no loss.png, which matplotlib draws: {error})')
     say(f'done: best val loss {state.best_loss:.4f}; {best} and {last} hold the model, {out}/metrics.jsonl '
         'the numbers')
     if sample_tokens and not fsdp:  # a model that was divided may not fit on one device
