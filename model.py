@@ -25,7 +25,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import torch
 import torch.nn as nn
@@ -613,10 +613,11 @@ class FlashAttention(torch.autograd.Function):
 def fast_experts(experts, x, chosen, router_weights):
     """Experts.forward, in one of three ways: gathered, grouped or looped."""
     k = chosen.size(1)
+    loop = loop_uncompiled if torch.compiler.is_compiling() else loop_experts
     if can_gather(experts, x):
         y = gather_experts(experts, x, chosen)
     elif len(x) == 1 and not experts.training:  # a decoded token: nothing to sort
-        y = loop_experts(experts, x.expand(k, -1), chosen[0], torch.ones_like(chosen[0]))[None]
+        y = loop(experts, x.expand(k, -1), chosen[0], torch.ones_like(chosen[0]))[None]
     else:
         order = chosen.flatten().argsort(stable=True)  # the pairs of a row and an expert, sorted by expert
         which = torch.arange(len(experts.down_proj_bias), device=x.device)
@@ -627,7 +628,7 @@ def fast_experts(experts, x, chosen, router_weights):
         else:
             rows = x.index_select(0, order // k)
         grouped = can_group(experts, rows)
-        y = group_experts(experts, rows, counts) if grouped else loop_experts(experts, rows, which, counts)
+        y = group_experts(experts, rows, counts) if grouped else loop(experts, rows, which, counts)
         y = move_rows(y, order).unflatten(0, (-1, k))
     return (y * router_weights[..., None]).sum(1)
 
@@ -682,7 +683,11 @@ def group_experts(experts, rows, counts):
     return linear(swiglu(h, experts.limit), experts.down_proj, experts.down_proj_bias)
 
 
-@torch._disable_dynamo  # numbers of rows are data. torch.compiler.disable is the same, but slow to import
+@torch._disable_dynamo  # numbers of rows are data. Its first call imports the compiler, in seconds
+def loop_uncompiled(*arguments):
+    return loop_experts(*arguments)
+
+
 def loop_experts(experts, rows, which, counts):
     """Groups of rows (M, D), counts (G,) of them, through the experts which (G,), one by one -> (M, D)."""
     stacks = {}
@@ -976,22 +981,26 @@ def replace_checkpoint(path):
     fixed = folder.exists() and (in_use or not os.access(folder.parent, os.W_OK))
     place = folder if fixed else folder.parent
     place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=place, prefix=f'{folder.name}-') as temporary:
-        new = Path(temporary, 'new')
-        old = Path(temporary, 'old')
+    temporary = Path(mkdtemp(dir=place, prefix=f'{folder.name}-'))
+    new = temporary / 'new'
+    old = temporary / 'old'
+    try:
         new.mkdir()
         yield new
-        if not fixed:
-            put_in_place(new, folder, old)
-        before = sorted((folder if fixed else old).glob('*'))  # config.json comes before model.safetensors
-        for file in before:
-            ours = any(map(file.match, ('config.json', 'model*.safetensors*', 'adapter_*')))
-            if fixed and ours:
-                file.unlink()
-            elif not fixed and not ours:
-                file.rename(folder / file.name)
-        for file in sorted(new.glob('*'), reverse=True):
+    except BaseException:
+        remove_folder(temporary)
+        raise
+    if not fixed:
+        put_in_place(new, folder, old)
+    for file in sorted((folder if fixed else old).glob('*')):  # config.json comes before model.safetensors
+        ours = any(map(file.match, ('config.json', 'model*.safetensors*', 'adapter_*')))
+        if fixed and ours:
+            file.unlink()
+        elif not fixed and not ours:
             file.rename(folder / file.name)
+    for file in sorted(new.glob('*'), reverse=True):
+        file.rename(folder / file.name)
+    remove_folder(temporary)
 
 
 def put_in_place(new, folder, old):

@@ -30,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -787,6 +788,57 @@ def test_saving_over(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
 
 
+@pytest.mark.parametrize('renamed', [0, 1])
+def test_killed_while_saving(renamed, tmp_path, monkeypatch):
+    """A save over an older checkpoint that ends between renamings leaves both whole. Other files stay."""
+    folder = tmp_path / 'a'
+    make().save_pretrained(folder, shard_size=1000)
+    write(folder / 'notes/mine.txt', 'mine')
+    with monkeypatch.context() as patch:
+        limited = mock.Mock(wraps=model.rename, side_effect=[mock.DEFAULT] * renamed + [KeyboardInterrupt])
+        patch.setattr(model, 'rename', limited)
+        with pytest.raises(KeyboardInterrupt):
+            make(1).save_pretrained(folder)
+    new, = tmp_path.glob('a-*/new')
+    assert_same(make(1), GPT.from_pretrained(new, torch.float32))
+    assert_same(make(), GPT.from_pretrained(new.parent / 'old' if renamed else folder, torch.float32))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(new, folder)
+    write(folder / 'notes/mine.txt', 'mine')
+    monkeypatch.chdir(folder)  # the folder is in use, so that it cannot be renamed
+    make(2).save_pretrained('.')
+    assert_same(make(2), GPT.from_pretrained('.', torch.float32))
+    monkeypatch.chdir(tmp_path)
+    make(3).save_pretrained(folder, shard_size=1000)
+    assert_same(make(3), GPT.from_pretrained(folder, torch.float32))
+    assert (folder / 'notes/mine.txt').read_text() == 'mine' and not (folder / 'model.safetensors').exists()
+
+
+def test_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """from_pretrained reads a folder again that another one replaces meanwhile, or that is gone for a moment."""
+    make().save_pretrained(tmp_path / 'a', shard_size=1000)
+    for seed, gone in ((1, False), (2, True)):
+        load_weights = model.load_weights
+
+        def replace(*arguments):
+            monkeypatch.setattr(model, 'load_weights', load_weights)
+            make(seed).save_pretrained(tmp_path / 'a', shard_size=1000)
+            if gone:
+                raise ValueError('files are missing')
+            load_weights(*arguments)
+
+        monkeypatch.setattr(model, 'load_weights', replace)
+        assert_same(make(seed), GPT.from_pretrained(tmp_path / 'a', torch.float32))
+
+
+def test_busy_folders(tmp_path, monkeypatch):
+    """A folder that a reader holds open, as Windows lets it, is renamed a little later."""
+    monkeypatch.setattr(model.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(os, 'rename', mock.Mock(wraps=os.rename, side_effect=[PermissionError, mock.DEFAULT]))
+    make().save_pretrained(tmp_path / 'a')
+    assert_same(make(), GPT.from_pretrained(tmp_path / 'a', torch.float32))
+
+
 def assert_refused(folder, *words):
     """Loading it raises ValueError with one line, which names the folder and says these words."""
     with pytest.raises(ValueError) as error:
@@ -1006,7 +1058,6 @@ def run(script, *flags, status=0, **settings):
     gc.freeze()  # the objects of this process, so that gc.collect looks only at those of the script
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [script, *flags])
-        patch.setattr(signal, 'signal', lambda number, handler: None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 names = runpy.run_path(str(ROOT / script), run_name='__main__')
@@ -1054,8 +1105,18 @@ def set_trap(where, number):
     setattr(owner, name, trapped)
 
 
-def launch(*flags, processes=0, folders=('.', '.'), trap=None, status=0, **settings):
-    """Run train.py in processes as torchrun does, each in its folder, or in one. Returns rank 0's output."""
+def launch(*flags, status=0, **options):
+    """Run train.py in processes, which must end with this status. Returns rank 0's output."""
+    started = begin(*flags, **options)
+    for process, log in started:
+        process.join(120)
+        said = log.read_text()
+        assert process.exitcode == status and 'Traceback' not in said, said
+    return started[0][1].read_text()
+
+
+def begin(*flags, processes=0, folders=('.', '.'), trap=None, **settings):
+    """Start processes as torchrun does, each in its folder, or one. Returns each with its log."""
     context = multiprocessing.get_context('forkserver')
     flags = [*map(str, flags), *(f'--{key}={value}' for key, value in settings.items())]
     context.set_forkserver_preload(['test_model', 'torch._dynamo', 'torch.distributed.checkpoint'])
@@ -1070,11 +1131,7 @@ def launch(*flags, processes=0, folders=('.', '.'), trap=None, status=0, **setti
         process = context.Process(target=run_child, args=arguments)
         process.start()
         started.append((process, folder / f'log{rank}'))
-    for process, log in started:
-        process.join(120)
-        said = log.read_text()
-        assert process.exitcode == status and 'Traceback' not in said, said
-    return started[0][1].read_text()
+    return started
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -1710,6 +1767,48 @@ def test_bugs_keep_their_traceback(flags, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *_: int('a bug'))
     with pytest.raises(ValueError, match='a bug'):
         run('train.py', *SHAPE, *flags)
+
+
+def test_twice_in_a_process(flags, monkeypatch):
+    """In a notebook a run, even one that failed, leaves no lock and no handlers. A bad plot costs a line."""
+    monkeypatch.setitem(sys.modules, 'matplotlib', ModuleType('matplotlib'))
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    first = run('train.py', *SHAPE, *flags, max_iters=1)
+    assert 'no loss.png' in first.out and 'done' in first.out
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, 'clip_grad_norm_', mock.Mock(side_effect=KeyError('a bug')))
+        with pytest.raises(KeyError) as error:  # which keeps the globals, as a notebook does
+            run('train.py', *flags, init_from='resume', max_iters=2)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    second = run('train.py', *flags, init_from='resume', max_iters=2)
+    assert first.names['lock'] is not second.names['lock'] and error
+
+
+def test_links(flags):
+    """A run goes on where last and best are links, as to another disk."""
+    run('train.py', *SHAPE, *flags, max_iters=1)
+    for name in ('last', 'best'):
+        Path('out', name).rename(f'disk-{name}')
+        Path('out', name).symlink_to(Path(f'disk-{name}').resolve())
+    run('train.py', *flags, init_from='resume', max_iters=6, eval_interval=1)
+    assert read_state()['step'] == 6 and read_state('out/best')['step'] > 2
+
+
+def test_frozen_process(flags):
+    """A second SIGTERM ends a process that waits for one that does not answer."""
+    started = begin(*SHAPE, *flags, processes=2, gradient_accumulation_steps=2, max_iters=10 ** 6)
+    (waiting, _), (frozen, _) = started
+    while not Path('out/last').exists():
+        time.sleep(0.1)
+        assert waiting.is_alive()
+    os.kill(frozen.pid, signal.SIGSTOP)
+    for _ in range(2):
+        time.sleep(0.5)
+        waiting.terminate()
+    waiting.join(20)
+    frozen.kill()
+    assert waiting.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize('trap', [
