@@ -1,6 +1,6 @@
 """
-GPT-OSS, the whole model in one file. Part one is the model by its definitions, which FAST = False uses alone:
-1. the shape     GPTConfig, in the field names of the published config.json
+GPT-OSS, the whole model in one file. Part one defines the model. With FAST = False it computes everything:
+1. the shape     GPTConfig, with the names of the published config.json, which nests those of RoPE
 2. the layers    norm, RoPE with YaRN, attention with sinks, mixture of experts, in the order data meets them
 3. the model     GPT: forward pass, loss, generation
 Part two makes it practical:
@@ -65,12 +65,12 @@ class GPTConfig:
     swiglu_limit: float = 7.0  # clamps the gate from above and the up projection on both sides
     rope_theta: float = 150000.0  # base of RoPE's frequencies
     rope_factor: float = 32.0  # YaRN: how many times longer the context becomes; 1 is plain RoPE
-    rope_beta_fast: float = 32.0  # YaRN: RoPE's pairs with more turns than this in the original context stay
-    rope_beta_slow: float = 1.0  # YaRN: pairs with fewer turns than this are slowed rope_factor times
+    rope_beta_fast: float = 32.0  # YaRN: pairs that turn more often than this in the original context stay
+    rope_beta_slow: float = 1.0  # YaRN: pairs that turn less often turn rope_factor times slower
     rope_original_max_position_embeddings: int = 4096  # YaRN: the context before stretching
-    rope_truncate: bool = False  # YaRN: round the ends of the ramp between them; gpt-oss does not
+    rope_truncate: bool = False  # YaRN: round the ends of the ramp to whole pairs; gpt-oss does not
     initializer_range: float = 0.02  # standard deviation of the initial weights
-    router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss in training mode; 0.01 is usual
+    router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss in training mode; Switch has 0.01
     tie_word_embeddings: bool = False  # one matrix for the embedding and the head
     dropout: float = 0.0  # after attention, after the experts, and on the attention weights
     attention_dropout: float | None = None  # on the attention weights; None: the same as dropout
@@ -96,7 +96,7 @@ class GPTConfig:
         require(self.rope_factor >= 1, 'rope_factor must be at least 1')
         require(self.rope_theta > 1, 'rope_theta must be above 1')
         slow, fast = self.rope_beta_slow, self.rope_beta_fast
-        require(min(slow, fast) > 0, 'rope_beta_slow and rope_beta_fast must be above 0')
+        require(0 < slow <= fast, f'rope_beta_slow ({slow}) must be above 0 and at most rope_beta_fast')
 
     def check_number(self, name, kind):
         value = getattr(self, name)
@@ -128,14 +128,14 @@ class RMSNorm(nn.RMSNorm):
 def rope_tables(config, positions, dtype=torch.float32):
     """cos and sin for `rotate`, each (T, 1, hd), at positions (T,). The first half of sin is negated.
 
-    YaRN: pairs that turn often within the original context keep their frequency. That of slow pairs is
-    divided by rope_factor. A linear ramp connects the two. cos and sin, and so the logits by its square, are
-    multiplied by YaRN's concentration: long contexts need sharper attention."""
+    YaRN: pairs that turn often within the original context keep their frequency. Slow pairs turn rope_factor
+    times slower, so that longer contexts bring no new angles. A linear ramp connects the two. cos and sin
+    are multiplied by a concentration, because long contexts need sharper attention."""
     half = config.head_dim // 2
     theta = config.rope_theta
     original = config.rope_original_max_position_embeddings
 
-    def pair_with(turns):  # the (fractional) index of the pair that turns this many times in this context
+    def pair_with(turns):  # the (fractional) pair that turns this many times in the original context
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
     low = pair_with(config.rope_beta_fast)
@@ -144,7 +144,7 @@ def rope_tables(config, positions, dtype=torch.float32):
         low = math.floor(low)
         high = math.ceil(high)
     low = max(low, 0)
-    high = min(high, config.head_dim - 1)  # as in the reference, though the last pair is half - 1
+    high = min(high, config.head_dim - 1)  # as in transformers, though the last pair is half - 1
     pair = torch.arange(half, device=positions.device)
     slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: stays, 1: is slowed
     frequency = theta ** (-pair / half) * (1 - slowed + slowed / config.rope_factor)
@@ -157,13 +157,13 @@ def rope_tables(config, positions, dtype=torch.float32):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (i, i + hd / 2) of x (B, T, heads, hd)."""
+    """RoPE: turn the pairs (i, i + hd / 2) of x (B, T, heads, hd) by angles that grow with the position."""
     swapped = x.roll(x.size(-1) // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin)  # x * cos + swapped * sin
 
 
 def visible_keys(T, S, window=None, device=None):
-    """Which of S keys the last T queries see, (T, S): their own and those before, `window` in all."""
+    """A mask (T, S): the last T of S tokens see themselves and those before, at most `window` keys."""
     position = torch.arange(S, device=device)
     distance = position[S - T:, None] - position
     return (distance >= 0) & (distance < (window or S))
@@ -176,7 +176,7 @@ def attention(q, k, v, sinks, visible, dropout=0.0):
     dropped: the weights of the keys sum to less than 1, so that a head can attend to almost nothing."""
     B, T, H, hd = q.shape
     S, KV = k.size(1), k.size(2)
-    q = q.transpose(1, 2).reshape(B, KV, -1, hd)  # stacks the H / KV query heads of each key head
+    q = q.transpose(1, 2).reshape(B, KV, -1, hd)  # stacks the H / KV query heads that share a key head
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
     logits = (q @ k.mT * hd ** -0.5).view(B, H, T, S)
@@ -217,7 +217,7 @@ class Attention(nn.Module):
             cache.update(k, v)
         if cache is not None and T == 1:
             k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
-            y = attention(q, k, v, self.sinks, cache.slots < cache.position)
+            y = attention(q, k, v, self.sinks, cache.slots < cache.position)  # those in use
         elif FAST:
             y = fast_attention(q, k, v, self.sinks, self.window, dropout)
         else:
@@ -226,7 +226,7 @@ class Attention(nn.Module):
 
 
 def swiglu(gate_up, limit):
-    """gate * sigmoid(1.702 * gate) * (up + 1), both clamped. gate_up (..., 2I): a gate, its up, and so on."""
+    """gate * sigmoid(1.702 * gate) * (up + 1), both clamped. gate_up (..., 2I): gate 0, up 0, gate 1, ..."""
     gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
     gate = F.hardtanh(gate, -math.inf, limit)  # a clamp whose backward is twice as fast on CPUs
     up = F.hardtanh(up, -limit, limit)
@@ -283,10 +283,10 @@ class MoE(nn.Module):
         y = self.experts(rows, chosen, best.softmax(-1).to(x.dtype)).view_as(x)
         if not self.training:
             return y, None
-        probability = logits.softmax(-1).mean(0)  # mean for each expert, (E,)
+        probability = logits.softmax(-1).mean(0)  # (E,), which carries the gradient
         experts = torch.arange(logits.size(1), device=x.device)
-        count = (chosen.flatten()[:, None] == experts).sum(0)  # tokens for each expert, like bincount, (E,)
-        return y, (probability, count)
+        load = (chosen.flatten()[:, None] == experts).sum(0)  # (E,) tokens. bincount waits for the GPU
+        return y, (probability, load)
 
 
 class Block(nn.Module):
@@ -342,8 +342,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_counters(self, device=None):
-        """Reset what training reports: tokens routed to each expert, and the load-balancing loss of the last
-        batch."""
+        """Reset what training reports: the tokens of each expert, and the last load-balancing loss."""
         shape = self.config.num_hidden_layers, self.config.num_local_experts
         load = torch.zeros(shape, dtype=torch.int64, device=device)
         self.register_buffer('expert_load', load, persistent=False)
@@ -355,8 +354,8 @@ class GPT(nn.Module):
         With a KVCache for each layer, the first call takes a whole prompt, each later call the next token."""
         x = self.model.embed_tokens(idx)
         device = idx.device.type
-        # Under autocast, cast the embeddings once. All layers compute in that dtype then, with autocast off:
-        # this is faster on CPUs, and it keeps router, norms and loss in fp32.
+        # Under autocast, cast the embeddings once and turn it off: every Linear computes in the dtype of x,
+        # while router, norms and loss ask for fp32. This is faster on CPUs.
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         positions = torch.arange(idx.size(1), device=idx.device)
@@ -374,12 +373,11 @@ class GPT(nn.Module):
             return self.model.norm(x), routing
 
     def balance_loss(self, routing):
-        """Switch Transformer's load-balancing loss, mean over layers: 1 at equal loads. Updates the
-        counters."""
+        """Switch's E * sum(token share * probability), mean over layers, 1 at equal loads. Sets counters."""
         probability = torch.stack([layer[0] for layer in routing])  # both (L, E)
-        count = torch.stack([layer[1] for layer in routing])
-        self.expert_load += count
-        share = count / count.sum(1, keepdim=True)
+        load = torch.stack([layer[1] for layer in routing])
+        self.expert_load += load
+        share = load / load.sum(1, keepdim=True)
         balance = (probability * share).sum(1).mean() * self.config.num_local_experts
         self.balance.copy_(balance.detach())
         return balance
@@ -388,8 +386,8 @@ class GPT(nn.Module):
         """idx, targets int64 (B, T), target -1 is ignored -> (logits, loss).
 
         Without targets: the logits of the last position (B, 1, V), and None. With targets: logits (B, T, V),
-        None if not return_logits, and the cross-entropy in nats, summed and divided by count, by default the
-        number of targets. Training mode adds router_aux_loss_coef times the load-balancing loss."""
+        None if not return_logits, and the cross-entropy in nats, summed and divided by count: the number of
+        targets here, or in all batches of a step. Training mode adds router_aux_loss_coef * balance_loss."""
         T = idx.size(1)
         longest = self.config.max_position_embeddings
         require(T <= longest, f'{T} tokens exceed max_position_embeddings ({longest})')
@@ -423,12 +421,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
                vocab_size=None, context=None, compile=False):
-        """Continue idx (B, T), yielding each token (B,) as it is drawn. Bad arguments raise ValueError.
+        """Continue idx (B, T), yielding each token (B,) as it is drawn. check_sampling raises ValueError.
 
-        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest that together reach
-        this probability, min_p those at least this fraction as likely as the likeliest. Tokens from
-        vocab_size on, which the tokenizer does not have, are never drawn. context limits how far back full
-        attention looks. compile compiles the step of one token, which takes a minute the first time."""
+        temperature 0 is greedy. top_k keeps the k likeliest tokens, then min_p those at least this fraction
+        as likely as the likeliest, then top_p the likeliest that together reach this probability. Tokens from
+        vocab_size on, which the tokenizer does not have, are never drawn. context cuts the prompt, and what
+        full attention sees. compile compiles the step of one token, which takes a minute the first time."""
         if context:
             idx = idx[:, -context:]
         length = idx.size(1) + max_new_tokens
@@ -465,8 +463,8 @@ class GPT(nn.Module):
 
 class KVCache:
     """Keys (after RoPE) and values of one layer, (B, KV, size, hd). Once all slots are used, the newest token
-    replaces the oldest, so sliding_window slots are the window. The order of slots does not matter to a
-    softmax. The position is a tensor and shapes stay the same, so one compiled step serves every token."""
+    replaces the oldest: size is the window, without a mask, because softmax ignores the order. Full layers
+    have a slot for all tokens. Shapes stay the same, so that one compiled step serves every token."""
 
     def __init__(self, config, layer_type, batch_size, length, dtype, device):
         size = min(length, config.sliding_window) if layer_type == SLIDING else length
@@ -491,7 +489,7 @@ def check_sampling(config, idx, length, temperature, top_k, top_p, min_p):
         good = value is None or least <= value <= most
         require(good, f'{name} is {value}; it must be between {least} and {most}')
 
-    check('temperature', temperature, 0, 1e9)
+    check('temperature', temperature or None, 1e-6, 1e9)  # 0 is greedy
     check('top_k', top_k, 1, math.inf)
     check('top_p', top_p, 1e-9, 1)
     check('min_p', min_p, 0, 1)
@@ -505,7 +503,7 @@ def draw(logits, temperature, top_k, top_p, min_p):
     """Draw a token for each row of logits (B, V), fp32 -> (B, 1). See GPT.stream."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, for min_p
     if top_k is not None and top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -1826,14 +1826,23 @@ def test_stopped(trap, flags, fox):
     assert_same_run(fox / 'short')
 
 
-@pytest.mark.parametrize('file', ['model.safetensors', 'state.json', 'config.json', 'optimizer.safetensors'])
+@pytest.mark.parametrize('file', [
+    'model.safetensors', 'state.json', 'config.json', 'optimizer.safetensors', 'meta.json'])
 def test_damaged_checkpoint(file, fox):
-    """The older checkpoint replaces a damaged one."""
+    """The older checkpoint replaces a damaged one, of which a file is cut short or, here meta.json, gone."""
     shutil.copytree(fox / 'short', 'out')
     os.truncate(f'out/last/{file}', os.path.getsize(f'out/last/{file}') - 3)
+    if file == 'meta.json':
+        os.remove('out/last/meta.json')
     assert read_state('out/last.old')['step'] == 18
+    shutil.copytree('out', 'killed')
     assert 'last is damaged' in run('train.py', init_from='resume').out
     assert_same_run(fox / 'short')
+    if file == 'meta.json':  # where the damaged one would become last.old
+        for number in (1, 2):
+            launch('--init_from=resume', out_dir='killed', trap=('rename', number), status=-9)
+        run('train.py', init_from='resume', out_dir='killed')
+        assert_same_run('killed')
 
 
 def test_windows(flags, monkeypatch):

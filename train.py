@@ -26,6 +26,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Thread
@@ -112,7 +113,8 @@ distributed = 'RANK' in os.environ
 rank = int(os.environ.get('RANK', 0))
 world = int(os.environ.get('WORLD_SIZE', 1))
 if distributed:
-    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may download or write for hours
 
 
 def on_rank_0(function, *arguments):
@@ -160,7 +162,7 @@ best, last, last_old = out / 'best', out / 'last', out / 'last.old'
 checkpoints = (best, last, last_old)
 lock = FileLock(out / '.lock')  # rank 0 holds it while it writes
 NEW = dict(step=0, sequences=0, tokens=0, skipped=0, best_loss=math.inf, best_step=0, wandb='', scaler={},
-           settings={}, losses=[])  # losses: of the steps since the last row of metrics.jsonl
+           settings={}, losses=[], sizes={})  # losses since the last row of metrics.jsonl; sizes of files
 OF_A_START = {'out_dir', 'init_from', 'overwrite', 'eval_only', 'fsdp', 'shard_size'}  # not kept by a run
 POSITIVE = {'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
             'log_interval'}
@@ -173,22 +175,21 @@ def read_if_there(path):
 
 
 def read_state(folder):
-    """Read the state of a checkpoint. Raises ValueError if one of its files is damaged."""
-    for file in {*folder.glob('*.safetensors'), folder / 'optimizer.safetensors'}:
-        open_file(file)
-    for file in folder.glob('*.json'):
-        read_json(file)
+    """Read the state of a checkpoint. Raises ValueError if one of its files is missing or cut short."""
     raw = read_json(folder / 'state.json')
     try:
         values = {key: type(default)(raw.get(key, default)) for key, default in NEW.items()}
         values['losses'] = np.array(values['losses'], float).reshape(-1, 2).tolist()
+        for name, size in values['sizes'].items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f'{name} has not {size} bytes')
         return SimpleNamespace(**values)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, OSError) as error:
         raise ValueError(f'{folder / "state.json"}: {error}') from error
 
 
 def find_newest():
-    """(folder, state) of the newest checkpoint that is whole; (None, NEW) where there is none."""
+    """(folder, state) of the newest checkpoint that is whole; (None, a new state) where there is none."""
     for folder in (last, last_old):
         if folder.exists():
             try:
@@ -201,8 +202,11 @@ def find_newest():
     return None, SimpleNamespace(**NEW)
 
 
-def keep_best():
-    """Copy `last`, without the moments, to `best`."""
+def keep_best(state):
+    """Copy `last`, without the moments, to `best`, if it is the best and not there yet."""
+    is_there = read_if_there(best / 'state.json') == read_if_there(last / 'state.json')
+    if is_there or state.best_step != state.step:
+        return
     new = out / 'best.new'
     remove_folder(new)
     shutil.copytree(last, new, ignore=shutil.ignore_patterns('optimizer.safetensors'))
@@ -223,8 +227,10 @@ def check_out_dir():
     init_from = asked['init_from']
     check(not runs or init_from == 'resume' or asked['overwrite'],
           f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
-    base = Path(init_from).resolve()
-    check(not runs & {base, *base.parents},
+    bases = [Path(init_from).resolve()]
+    with suppress(ValueError, KeyError, TypeError):  # adapters need their base too
+        bases.append(Path(read_json(bases[0] / 'adapter_config.json')['base_model_name_or_path']))
+    check(not any(runs & {base, *base.parents} for base in bases),
           f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 
 
@@ -236,10 +242,9 @@ def decide():
     folder, state = None, SimpleNamespace(**NEW)
     if asked['init_from'] == 'resume':
         folder, state = find_newest()
-        is_best = folder == last and state.best_step == state.step and not asked['eval_only']
-        if is_best and read_if_there(best / 'state.json') != read_if_there(last / 'state.json'):
+        if folder == last and not asked['eval_only']:
             with take_lock(), fail_on(OSError):
-                keep_best()  # the run was killed before it did this
+                keep_best(state)  # which the run did not if it was killed before
     elif asked['init_from'] != 'scratch':
         with fail_on(ValueError):
             folder = find_checkpoint(asked['init_from'])
@@ -445,7 +450,7 @@ def check_tokenizer():
     changed = any(theirs.get(key) != meta[key] for key in meta)
     check(not resumed or not changed or 'data_dir' in given,
           f'{data_dir} has changed since {folder} was written; give --data_dir to continue with it anyway')
-    return max(theirs.get('block_size') or 0, block_size)
+    return theirs.get('block_size') and max(theirs['block_size'], block_size)
 
 
 def check_host_memory(model_shape):
@@ -513,7 +518,7 @@ def name_moments(**options):
 
 
 def gather():
-    """(weights, moments) by name, with fsdp whole, on the CPU of rank 0. All processes must call this."""
+    """(weights, moments and expert_load) by name, with fsdp whole, on the CPU of rank 0. All must call it."""
     options = dict(full_state_dict=fsdp, cpu_offload=fsdp, ignore_frozen_params=lora_rank > 0)
     weights = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(**options))
     return weights, name_moments(**options) | dict(expert_load=add_up(model.expert_load.clone()))
@@ -522,7 +527,7 @@ def gather():
 def load_moments(path):
     """Load the moments that `gather` returned. With fsdp rank 0 reads the file, and every process gets its
     part."""
-    moments = name_moments() | dict(expert_load=model.expert_load)  # the tensors themselves
+    moments = name_moments() | dict(expert_load=model.expert_load)  # made by a step of rate 0
     stored = {}
     if rank == 0 or not fsdp:
         with open_file(path) as file:
@@ -621,23 +626,22 @@ def report(val_loss):
 
 
 def write_checkpoint(weights, moments):
-    """Write last.new, which becomes `last` when it is whole. The `last` before becomes last.old."""
+    """Write last.new, which becomes `last` when it is whole. The `last` before becomes last.old. So one of
+    the two is whole whenever the process is killed."""
     new = out / 'last.new'
     remove_folder(new)
     state.scaler = scaler.state_dict()
     try:
-        if lora_rank:
-            model.save_adapter(new, weights)
-        else:
-            model.save_pretrained(new, weights=weights)
+        save = model.save_adapter if lora_rank else model.save_pretrained
+        save(new, weights=weights)
         save_file(moments, new / 'optimizer.safetensors')
         write_json(new / 'meta.json', meta | dict(block_size=trained_on))
-        write_json(new / 'state.json', vars(state))
         if (data / 'tokenizer.tiktoken').exists():
             shutil.copyfile(data / 'tokenizer.tiktoken', new / 'tokenizer.tiktoken')  # not its permissions
+        state.sizes = {file.name: file.stat().st_size for file in new.iterdir()}
+        write_json(new / 'state.json', vars(state))
         put_in_place(new, last, last_old)
-        if state.best_step == state.step:
-            keep_best()
+        keep_best(state)
     except OSError as error:
         for name in ('last.new', 'best.new'):  # they may fill the disk
             remove_folder(out / name)
@@ -695,9 +699,9 @@ def start_writing():
                        id=state.wandb or None, resume='allow')
             state.wandb = wandb.run.id
     rows = [row for row in read_metrics() if resumed and row['step'] <= state.step]  # others are logged again
-    if not resumed:
-        for old in checkpoints:
-            remove_folder(old)
+    # those of a run that is replaced, or the damaged `last`, which must not become the only last.old
+    for old in checkpoints if not resumed else [last] if folder == last_old else []:
+        remove_folder(old)
     with fail_on(OSError):
         (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
         (out / 'metrics.new').replace(out / 'metrics.jsonl')
