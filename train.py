@@ -670,6 +670,7 @@ def read_metrics():
 
 def plot():
     """Draw metrics.jsonl as loss.png."""
+    os.environ.pop('MPLBACKEND', None)  # a notebook's; a file needs none
     import matplotlib.figure
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout='constrained')
     axes = figure.subplots()
