@@ -141,12 +141,9 @@ def add_up(tensor):
 
 
 def check_same(value, message):
-    """End all processes unless each has the value of rank 0. Those that have another say the message."""
+    """End all processes with this message unless each has the value of rank 0."""
     differs = value != on_rank_0(lambda: value)
-    any_differs = add_up(torch.tensor(int(differs)))
-    check(not differs, message)
-    if any_differs:
-        raise SystemExit(2)
+    check(not add_up(torch.tensor(int(differs))), message)
 
 
 def say(message):
@@ -158,8 +155,7 @@ def say(message):
 # --- resume or start: rank 0 decides where from and with which settings -------------------------------------
 
 out = Path(asked['out_dir'])
-best, last, last_old = out / 'best', out / 'last', out / 'last.old'
-checkpoints = (best, last, last_old)
+checkpoints = best, last, last_old = out / 'best', out / 'last', out / 'last.old'
 lock = FileLock(out / '.lock')  # rank 0 holds it while it writes
 NEW = dict(step=0, sequences=0, tokens=0, skipped=0, best_loss=math.inf, best_step=0, wandb='', scaler={},
            settings={}, losses=[], sizes={})  # losses since the last row of metrics.jsonl; sizes of files
@@ -235,8 +231,8 @@ def check_out_dir():
 
 
 def decide():
-    """(folder, state, all settings) of this run. A run that is resumed and a model that is loaded dictate
-    settings in place of the defaults. What a file or a flag gave wins over both."""
+    """(folder, state, all settings) of this run. What a file or a flag gave wins over what a resumed run or a
+    loaded model dictates, and that over the defaults."""
     if not asked['eval_only']:
         check_out_dir()
     folder, state = None, SimpleNamespace(**NEW)
@@ -249,9 +245,8 @@ def decide():
         with fail_on(ValueError):
             folder = find_checkpoint(asked['init_from'])
     declared = config.declared('model.py') | config.declared('train.py')
-    of_run = {}
-    for key in (state.settings.keys() & declared.keys()) - OF_A_START:
-        of_run[key] = config.convert(f'{folder}/state.json: {key}', state.settings[key], declared[key][0])
+    of_run = {key: config.convert(f'{folder}/state.json: {key}', state.settings[key], declared[key][0])
+              for key in (state.settings.keys() & declared.keys()) - OF_A_START}
     of_model = {}
     if folder:
         with fail_on(ValueError):
@@ -267,10 +262,9 @@ def decide():
 
 def check_settings():
     for key, value in settings.items():
-        if type(value) in (int, float):
-            least = 1 if key in POSITIVE else 0
-            good = least <= value < 2 ** 62
-            check(good, f'{key} is {value}; it must be at least {least}, and not too large')
+        least = 1 if key in POSITIVE else 0
+        good = type(value) not in (int, float) or least <= value < 2 ** 62
+        check(good, f'{key} is {value}; it must be at least {least}, and not too large')
     with fail_on(ValueError):
         GPTConfig(**shape | dict(vocab_size=vocab_size or 1))
     check(learning_rate > 0, 'learning_rate must be above 0')
@@ -283,11 +277,10 @@ def check_settings():
     check(not experts or lora_rank, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
     check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
     check(distributed or not fsdp, '--fsdp=True shards the model over processes; start it with torchrun')
-    divides = world % shard_size == 0
-    check(divides or not fsdp, f'{world} processes cannot form groups of shard_size ({shard_size})')
+    check(not fsdp or world % shard_size == 0,
+          f'{world} processes cannot form groups of shard_size ({shard_size})')
     batches = gradient_accumulation_steps
-    tokens = batches * batch_size * block_size
-    check(tokens < 2 ** 31, f'with batch_size={batch_size} a step has {tokens} tokens, more than 2^31')
+    check(tokens_per_step < 2 ** 31, f'a step has {tokens_per_step} tokens, over 2^31; lower --batch_size')
     check(batches % world == 0 or eval_only, f'{world} processes cannot share {batches} batches evenly; give '
           f'--gradient_accumulation_steps={math.ceil(batches / world) * world}')
     check(eval_only or state.step < max_iters,
@@ -301,6 +294,7 @@ globals().update(settings)  # this defines every field of GPTConfig too, such as
 shape = {key: settings[key] for key in SHAPE}
 device, dtype = config.pick_device(device, dtype)
 shard_size = shard_size or int(os.environ.get('LOCAL_WORLD_SIZE', world))
+tokens_per_step = batch_size * gradient_accumulation_steps * block_size
 on_rank_0(check_settings)
 # from here on no setting changes
 device_type = torch.device(device).type
@@ -424,8 +418,7 @@ def make_batch(split, rows):
 
 
 def draw_batch(number):
-    """A batch of this step. The seed and the sequences drawn before determine it, so that a resumed run draws
-    the same, with any number of processes."""
+    """A batch of this step. Only seed and state.sequences determine it, so a resumed run draws the same."""
     first = state.sequences + number * batch_size
     rows = [shuffle_epoch(i // rows_per_epoch)[i % rows_per_epoch] for i in range(first, first + batch_size)]
     return make_batch('train', rows)
@@ -434,8 +427,7 @@ def draw_batch(number):
 # --- model and optimizers -----------------------------------------------------------------------------------
 
 def check_tokenizer():
-    """Check that model and data have the same tokenizer, and that a run goes on with the same data. Gives the
-    longest block_size of the training so far, None if unknown."""
+    """Check that checkpoint and data fit together. Returns the longest block_size so far, None if unknown."""
     if not folder:
         return block_size
     if not (folder / 'meta.json').exists():
@@ -525,8 +517,7 @@ def gather():
 
 
 def load_moments(path):
-    """Load the moments that `gather` returned. With fsdp rank 0 reads the file, and every process gets its
-    part."""
+    """Load the moments that `gather` returned. With fsdp rank 0 reads the file and sends out the parts."""
     moments = name_moments() | dict(expert_load=model.expert_load)  # made by a step of rate 0
     stored = {}
     if rank == 0 or not fsdp:
@@ -554,11 +545,13 @@ if fsdp:
 with explain_torch(advice):
     with fail_on(ValueError):
         model = load_model(model_shape)
-    mesh = None  # of processes with the same weights, which share Muon's work
+    net = model
+    mesh = None  # with DDP: the processes that share Muon's work
     if fsdp:
         shard(model)
     elif distributed:
         mesh = init_device_mesh(device_type, (world,))
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizers = model.configure_optimizers(learning_rate, muon_lr, (beta1, beta2), weight_decay, mesh)
     if resumed and not eval_only:
         load_moments(folder / 'optimizer.safetensors')
@@ -566,7 +559,6 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if state.scaler:
     scaler.load_state_dict(state.scaler)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
-tokens_per_step = batch_size * gradient_accumulation_steps * block_size
 flops = model.flops_per_token(block_size)
 peak_flops = config.peak_flops(device, dtype)
 pays = device_type == 'cuda' and has_triton() and max_iters * tokens_per_step * flops / world > 1e16
@@ -574,10 +566,6 @@ use_compile = pays if compile is None else compile
 if use_compile:
     for module in model.model.layers if fsdp else [model]:
         module.compile(dynamic=False)  # one graph for training, one for evaluation
-net = model
-if distributed and not fsdp:
-    with explain_torch(advice):
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 # --- evaluate, save, log, plot ------------------------------------------------------------------------------
 
@@ -756,11 +744,10 @@ def handle_signals():
         lock.release()
 
 
-machine = f'{world} x {device}' if distributed else device
 parameters = model.num_parameters()
 active = model.num_parameters(active=True)
 say(f'{parameters:,} parameters, {active:,} of them active for a token; {sizes["train"]:,} training tokens; '
-    f'{machine}, {dtype}{", compiled" if use_compile else ""}')
+    f'{world} x {device}, {dtype}{", compiled" if use_compile else ""}')
 if eval_only:
     with explain_torch(advice):
         report(evaluate())
@@ -780,7 +767,7 @@ with handle_signals(), explain_torch(advice):
     while state.step < max_iters and not stopping:
         began = time.perf_counter()
         rate = schedule(state.step)
-        for optimizer, peak in zip(optimizers, (learning_rate, muon_lr)):
+        for optimizer, peak in zip(optimizers, (learning_rate, muon_lr)):  # AdamW, and Muon where it is used
             for group in optimizer.param_groups:
                 group['lr'] = peak * rate
 
@@ -794,12 +781,12 @@ with handle_signals(), explain_torch(advice):
             torch.manual_seed(seed + state.sequences + number)  # dropout follows from the batch
             ends_step = number == numbers[-1]  # only this backward has to average over the processes
             if fsdp:
-                model.set_requires_all_reduce(ends_step)  # between copies; inside of one, every backward does
+                model.set_requires_all_reduce(ends_step)  # among copies; shards are reduced each time
             elif distributed:
                 net.require_backward_grad_sync = ends_step
             with autocast:
                 loss = net(x, y, return_logits=False, count=count)[1]
-            scaler.scale(loss / len(batches)).backward()
+            scaler.scale(loss / len(batches)).backward()  # DDP and FSDP2 divide by the number of processes
             totals[:2] += torch.stack((loss.detach(), model.balance))
         totals[2] = stopped_by is not None  # one stopped process stops all
         loss, balance, stopping = (add_up(totals) / gradient_accumulation_steps).tolist()
@@ -843,9 +830,11 @@ with handle_signals(), explain_torch(advice):
                 state.best_loss = val_loss
                 state.best_step = state.step
         if evaluated or stopping:
-            on_rank_0(write_checkpoint, *gather())
-        with suppress(OSError):  # stderr may be closed
+            on_rank_0(write_checkpoint, *gather())  # all processes gather
+        try:
             progress.update()
+        except OSError:  # stderr is closed
+            progress.disable = True
 progress.close()
 check(bad_steps < 10, 'the loss or its gradient was not finite in 10 steps in a row, which were skipped; '
                       f'{last} holds the weights. Try a lower --learning_rate')
