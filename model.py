@@ -1060,24 +1060,30 @@ def stored_tensors(model):
 
 def num_parameters(model, active=False):
     """The number of all parameters, or of those that one token uses."""
+    return sum(size for _, _, size in parameter_sizes(model, active))
+
+
+def parameter_sizes(model, active):
+    """Yield (name, tensor or MXFP4, how many of its values there are, or how many one token uses)."""
     E, k = model.config.num_local_experts, model.config.num_experts_per_tok
-    total = 0
     for name, tensor in stored_tensors(model).items():
         size = tensor.shape.numel()
-        total += size * k // E if active and '.experts.' in name else size
-    return total
+        yield name, tensor, size * k // E if active and '.experts.' in name else size
 
 
 def flops_per_token(model, T):
-    """Training FLOPs of a token among T: attention's, and 6 per active parameter outside the embedding."""
+    """Training FLOPs of a token among T: attention's, and for each active parameter outside the embedding 6,
+    or 4 if it is frozen, because it needs no gradient."""
     c = model.config
     keys = 0  # that a token sees on average, summed over the layers
     for layer_type in c.layer_types:
         window = min(T, c.sliding_window) if layer_type == SLIDING else T
         keys += window - window * (window - 1) / (2 * T)
-    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
-    active = model.num_parameters(active=True) - embedding
-    return 6 * active + 12 * c.num_attention_heads * c.head_dim * keys
+    flops = 12 * c.num_attention_heads * c.head_dim * keys
+    for name, tensor, size in parameter_sizes(model, active=True):
+        if c.tie_word_embeddings or 'embed_tokens' not in name:
+            flops += size * (6 if getattr(tensor, 'requires_grad', False) else 4)
+    return flops
 
 
 def read_tensors(folder):

@@ -2032,6 +2032,7 @@ def test_settings(monkeypatch):
     assert gpt.num_parameters() == pytest.approx(20.91e9, rel=1e-3)
     assert gpt.num_parameters(active=True) - 201088 * 2880 == pytest.approx(3.61e9, rel=1e-2)
     assert gpt.flops_per_token(1) == pytest.approx(6 * 3.61e9, rel=1e-2)
+    assert gpt.requires_grad_(False).flops_per_token(1) == pytest.approx(4 * 3.61e9, rel=1e-2)
 
 
 def test_help():
