@@ -737,6 +737,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad = logits.sub_(lse).exp_().mul_(valid).to(x.dtype)
                 grad = grad.scatter_(1, tc, torch.expm1(-nats).to(x.dtype))  # nats is 0 where ignored
                 dx.append(grad @ w)
+                if grad.dtype == torch.float16:  # the sum over the rows would exceed its range
+                    grad = grad.float()
+                    xc = xc.float()
             if dw is not None and grad.dtype == dw.dtype:
                 dw = dw.addmm_(grad.T, xc)
             elif dw is not None:
@@ -752,7 +755,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw = ctx.saved_tensors
         if dw is not None:
             dw = (dw * grad).to(ctx.dtype)
-        return dx * grad.to(dx.dtype), dw, None, None
+        return (dx.float() * grad).to(dx.dtype), dw, None, None  # grad alone may exceed float16
 
 
 def compile_step(step, caches, cuda):

@@ -396,6 +396,19 @@ def test_loss_in_chunks():
     assert off(found[0], expected[0]) < 1e-4 and off(found[1], expected[1]) < 1e-4
 
 
+def test_loss_in_float16():
+    """Gradients that are sums over many rows, and a large factor of the loss, do not exceed float16."""
+    x = torch.full((2 ** 16, 4), 8.0)
+    w = torch.randn(3, 4)
+    targets = torch.arange(len(x)) % 2
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        inputs = x.to(dtype).requires_grad_(), w.clone().requires_grad_()
+        loss = model.LinearCrossEntropy.apply(*inputs, targets, True)
+        gradients.append(torch.autograd.grad(loss / len(x) * 2 ** 17, inputs))
+    assert off(gradients[0][0], gradients[1][0]) < 0.01 and off(gradients[0][1], gradients[1][1]) < 0.01
+
+
 # --- the whole model in other ways ------------------------------------------------------------------------
 
 def test_bf16():
