@@ -1798,6 +1798,20 @@ def test_twice_in_a_process(flags, monkeypatch):
     assert first.names['lock'] is not second.names['lock'] and error
 
 
+def test_kept_checkpoints(flags):
+    """keep_every keeps weights, which replace nothing and which a run that replaces this one removes."""
+    run('train.py', *SHAPE, *flags, max_iters=9, eval_interval=2, keep_every=2)
+    kept = {path.name for path in Path('out').glob('step-*')}
+    assert kept == {'step-4', 'step-8'} and read_state('out/step-4')['step'] == 4
+    assert not Path('out/step-4/optimizer.safetensors').exists()
+    refuse(['step-4', 'overwrite'], 'train.py', *flags, '--overwrite', init_from='out/step-4')
+    loss = [row for row in read_metrics() if row['step'] == 4 and 'val_loss' in row][0]['val_loss']
+    run('train.py', *flags, init_from='out/step-4', out_dir='b', max_iters=1)
+    assert read_metrics('b')[0]['val_loss'] == pytest.approx(loss, abs=1e-5)
+    run('train.py', *SHAPE, *flags, '--overwrite', max_iters=1)
+    assert not list(Path('out').glob('step-*'))
+
+
 def test_links(flags):
     """A run goes on where last and best are links, as to another disk."""
     run('train.py', *SHAPE, *flags, max_iters=1)

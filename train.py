@@ -86,6 +86,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no limit
 # reports
 eval_interval = 100  # steps between evaluations; each writes a checkpoint
 eval_iters = 10  # validation batches, the same each time; 0: the whole validation set
+keep_every = 0  # keep a copy of every n-th checkpoint, without the moments, as step-NUMBER/; 0: none
 log_interval = 10  # steps between rows of metrics.jsonl
 start = 'Once upon a time'  # start of the sample at the end; empty: the end-of-text token
 sample_tokens = 400  # length of that sample; 0: none
@@ -198,16 +199,21 @@ def find_newest():
     return None, SimpleNamespace(**NEW)
 
 
-def keep_best(state):
-    """Copy `last`, without the moments, to `best`, if it is the best and not there yet."""
-    is_there = read_if_there(best / 'state.json') == read_if_there(last / 'state.json')
-    if is_there or state.best_step != state.step:
-        return
-    new = out / 'best.new'
+def copy_last(name):
+    """Copy `last`, without the moments, to a folder of this name."""
+    new = out / f'{name}.new'
+    old = out / f'{name}.old'
     remove_folder(new)
     shutil.copytree(last, new, ignore=shutil.ignore_patterns('optimizer.safetensors'))
-    put_in_place(new, best, out / 'best.old')
-    remove_folder(out / 'best.old')
+    put_in_place(new, out / name, old)
+    remove_folder(old)
+
+
+def keep_best(state):
+    """Copy `last` to `best`, if it is the best and not there yet."""
+    is_there = read_if_there(best / 'state.json') == read_if_there(last / 'state.json')
+    if state.best_step == state.step and not is_there:
+        copy_last('best')
 
 
 def take_lock():
@@ -219,7 +225,7 @@ def check_out_dir():
     """Refuse to overwrite a run, unless --overwrite asks for it."""
     with fail_on(OSError):
         out.mkdir(parents=True, exist_ok=True)
-    runs = {path.resolve() for path in checkpoints if path.exists()}
+    runs = {path.resolve() for path in (*checkpoints, *out.glob('step-*')) if path.exists()}
     init_from = asked['init_from']
     check(not runs or init_from == 'resume' or asked['overwrite'],
           f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
@@ -630,9 +636,11 @@ def write_checkpoint(weights, moments):
         write_json(new / 'state.json', vars(state))
         put_in_place(new, last, last_old)
         keep_best(state)
+        if keep_every and state.step % (keep_every * eval_interval) == 0:
+            copy_last(f'step-{state.step}')
     except OSError as error:
-        for name in ('last.new', 'best.new'):  # they may fill the disk
-            remove_folder(out / name)
+        for new in out.glob('*.new'):  # it may fill the disk
+            remove_folder(new)
         config.fail(f'{error}; the checkpoints in {out} are whole')
 
 
@@ -689,7 +697,10 @@ def start_writing():
             state.wandb = wandb.run.id
     rows = [row for row in read_metrics() if resumed and row['step'] <= state.step]  # others are logged again
     # those of a run that is replaced, or the damaged `last`, which must not become the only last.old
-    for old in checkpoints if not resumed else [last] if folder == last_old else []:
+    replaced = [last] if folder == last_old else []
+    if not resumed:
+        replaced = [*checkpoints, *out.glob('step-*')]
+    for old in replaced:
         remove_folder(old)
     with fail_on(OSError):
         (out / 'metrics.new').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -849,8 +860,12 @@ elif rank == 0:
     say(f'done: best val loss {state.best_loss:.4f}; {best} and {last} hold the model, {out}/metrics.jsonl '
         'the numbers')
     if sample_tokens and not fsdp:  # a model that was divided may not fit on one device
+        del model, net, optimizers, optimizer, group  # or there would be two models in memory
+        if device_type == 'cuda':
+            torch.cuda.empty_cache()
         command = [sys.executable, config.ROOT / 'sample.py', f'--out_dir={out_dir}', f'--device={device}',
-                   f'--max_new_tokens={sample_tokens}', '--chat' if chats else f'--start={start}']
+                   f'--dtype={dtype}', f'--experts={experts}', f'--max_new_tokens={sample_tokens}',
+                   '--chat' if chats else f'--start={start}']
         subprocess.run(command, input=start, text=True)
 if distributed:
     dist.destroy_process_group()
