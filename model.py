@@ -78,32 +78,12 @@ class GPTConfig:
     def __post_init__(self):
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
-        for field in fields(self):  # config.json may come from an untrusted source
-            if field.name != 'layer_types':
-                self.check_number(field.name, field.type)
-        H, KV = self.num_attention_heads, self.num_key_value_heads
-        L, hd = self.num_hidden_layers, self.head_dim
-        E, k = self.num_local_experts, self.num_experts_per_tok
-        require(L <= 1000, f'num_hidden_layers is {L}; it must be at most 1000')
+        self.check()
         if self.layer_types is None:
-            self.layer_types = [FULL if i % 2 else SLIDING for i in range(L)]
-        require(len(self.layer_types) == L, f'layer_types must have num_hidden_layers ({L}) names')
-        require(set(self.layer_types) <= {SLIDING, FULL}, f'layer_types may name {SLIDING} and {FULL}')
-        require(H % KV == 0, f'num_attention_heads ({H}) must be a multiple of num_key_value_heads ({KV})')
-        require(k <= E, f'num_experts_per_tok ({k}) must not exceed num_local_experts ({E})')
-        require(hd % 2 == 0, f'head_dim ({hd}) must be even, because RoPE rotates pairs')
-        require(self.dropout < 1 and self.attention_dropout < 1, 'dropout must be below 1')
-        require(self.rope_factor >= 1, 'rope_factor must be at least 1')
-        require(self.rope_theta > 1, 'rope_theta must be above 1')
-        slow, fast = self.rope_beta_slow, self.rope_beta_fast
-        require(0 < slow <= fast, f'rope_beta_slow ({slow}) must be above 0 and at most rope_beta_fast')
+            self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
 
-    def check_number(self, name, kind):
-        value = getattr(self, name)
-        kinds = [kind] if kind in (int, bool) else [float, int]  # a whole number is a float too
-        minimum = 1 if kind is int else 0
-        good = type(value) in kinds and minimum <= value < 2 ** 31
-        require(good, f'{name} is {value!r:.99}; it must be {kinds[0].__name__}, {minimum} to 2^31 - 1')
+    def check(self):
+        """Raise ValueError for a shape that cannot be. Part two defines it."""
 
 
 # -----------------------------------------------------------------------------
@@ -205,7 +185,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(self, x, cos, sin, cache=None):
-        """x (B, T, D) -> (B, T, D). With a KVCache, x is the whole prompt (empty cache) or one new token."""
+        """x (B, T, D) -> (B, T, D). With a KVCache, the tokens of x follow those in it."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
@@ -214,14 +194,14 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
-            cache.update(k, v)
+            k, v = cache.update(k, v)
         if cache is not None and T == 1:
-            k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
             y = attention(q, k, v, self.sinks, cache.slots < cache.position)  # those in use
         elif FAST:
             y = fast_attention(q, k, v, self.sinks, self.window, dropout)
         else:
-            y = attention(q, k, v, self.sinks, visible_keys(T, T, self.window, x.device), dropout)
+            visible = visible_keys(T, k.size(1), self.window, x.device)
+            y = attention(q, k, v, self.sinks, visible, dropout)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -351,7 +331,7 @@ class GPT(nn.Module):
     def hidden_states(self, idx, caches=None):
         """idx (B, T) -> the final normed states (B, T, D), and the routing of each layer for balance_loss.
 
-        With a KVCache for each layer, the first call takes a whole prompt, each later call the next token."""
+        With a KVCache for each layer, idx follows the tokens in the caches."""
         x = self.model.embed_tokens(idx)
         device = idx.device.type
         # Under autocast, cast the embeddings once and turn it off: every Linear computes in the dtype of x,
@@ -413,27 +393,30 @@ class GPT(nn.Module):
         return (logits if return_logits else None), loss
 
     def next_logits(self, idx, caches):
-        """The logits (B, V) of the token after idx: the whole prompt if the caches are empty, else one
-        token."""
+        """The logits (B, V) of the token after idx, which follows the tokens in the caches."""
         x, _ = self.hidden_states(idx, caches)
         return self.lm_head(x[:, -1])
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
-               vocab_size=None, context=None, compile=False):
+               vocab_size=None, context=None, compile=False, caches=None, kept=0):
         """Continue idx (B, T), yielding each token (B,) as it is drawn. check_sampling raises ValueError.
 
         temperature 0 is greedy. top_k keeps the k likeliest tokens, then min_p those at least this fraction
         as likely as the likeliest, then top_p the likeliest that together reach this probability. Tokens from
         vocab_size on, which the tokenizer does not have, are never drawn. context cuts the prompt, and what
-        full attention sees. compile compiles the step of one token, which takes a minute the first time."""
+        full attention sees. compile compiles the step of one token, which takes a minute the first time.
+        caches: those of an earlier call, which hold the first `kept` tokens of idx."""
         if context:
             idx = idx[:, -context:]
         length = idx.size(1) + max_new_tokens
         check_sampling(self.config, idx, length, temperature, top_k, top_p, min_p)
         if compile:
             length = math.ceil(length / 512) * 512  # every new length is compiled again
-        caches = self.make_caches(idx, min(length, context or length))
+        caches = caches or self.make_caches(idx, min(length, context or length))
+        for cache in caches:
+            cache.rewind(kept)
+        idx = idx[:, kept:]
         step = self.next_logits
         training = self.training
         self.eval()
@@ -473,14 +456,26 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = torch.arange(size, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
+        self.rewind(0)
+
+    def rewind(self, kept):
+        """Forget all tokens but the first `kept`."""
+        self.position.fill_(kept)
+        self.kept = kept
 
     def update(self, k, v):
-        """Store k and v (B, T, KV, hd) of the next T tokens. Only the last `size` tokens are kept."""
+        """Store k and v (B, T, KV, hd) of the next T tokens, of which the last `size` stay. Returns what they
+        can see: all slots if T is 1, else the kept tokens in their order, then their own."""
         T, size = k.size(1), self.k.size(2)
+        if T > 1:
+            before = torch.arange(max(0, self.kept - size), self.kept, device=k.device) % size
+            all_k = torch.cat((self.k[:, :, before].transpose(1, 2), k), dim=1)
+            all_v = torch.cat((self.v[:, :, before].transpose(1, 2), v), dim=1)
         written = (self.position + torch.arange(T, device=k.device))[-size:] % size
         self.k.index_copy_(2, written, k[:, -size:].transpose(1, 2))
         self.v.index_copy_(2, written, v[:, -size:].transpose(1, 2))
         self.position += T
+        return (all_k, all_v) if T > 1 else (self.k.transpose(1, 2), self.v.transpose(1, 2))
 
 
 def check_sampling(config, idx, length, temperature, top_k, top_p, min_p):
@@ -527,10 +522,13 @@ def fast_attention(q, k, v, sinks, window, dropout):
 
     CUDA's flash kernel knows windows, the CPU's does not. Without a kernel for the whole, queries are cut
     into blocks. A block attends to its own keys and all before, in a sliding layer to one block before."""
-    window = None if window is None or window >= q.size(1) else window
+    T, S = q.size(1), k.size(1)
+    window = None if window is None or window >= S else window
     flash = can_flash(q) and not dropout
-    if flash and (q.is_cuda or window is None):
+    if flash and (q.is_cuda or window is None or T < S):
         return FlashAttention.apply(q, k, v, sinks, window)
+    if T < S:  # a prompt goes on after cached tokens
+        return attention(q, k, v, sinks, visible_keys(T, S, window, q.device))
     size = max(window, 128) if window else 512
     keys = k.split(size, dim=1)
     values = v.split(size, dim=1)
@@ -761,7 +759,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def compile_step(step, caches, cuda):
     """GPT.next_logits as one graph, which serves every token."""
     for cache in caches:
-        for tensor in vars(cache).values():
+        for tensor in (cache.k, cache.v, cache.slots, cache.position):
             torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs change no other inputs
     return torch.compile(step, mode='reduce-overhead' if cuda else None)
 
@@ -1185,6 +1183,36 @@ class MXFP4(nn.Module):
         return cls(torch.stack(blocks), torch.stack(scales))
 
 
+def check_shape(config):
+    """GPTConfig.check. A config.json may come from an untrusted source."""
+    for field in fields(config):
+        if field.name != 'layer_types':
+            check_number(field.name, getattr(config, field.name), field.type)
+    c = config
+    H, KV = c.num_attention_heads, c.num_key_value_heads
+    E, k = c.num_local_experts, c.num_experts_per_tok
+    L = c.num_hidden_layers
+    require(L <= 1000, f'num_hidden_layers is {L}; it must be at most 1000')
+    if c.layer_types is not None:
+        require(len(c.layer_types) == L, f'layer_types must have num_hidden_layers ({L}) names')
+        require(set(c.layer_types) <= {SLIDING, FULL}, f'layer_types may name {SLIDING} and {FULL}')
+    require(H % KV == 0, f'num_attention_heads ({H}) must be a multiple of num_key_value_heads ({KV})')
+    require(k <= E, f'num_experts_per_tok ({k}) must not exceed num_local_experts ({E})')
+    require(c.head_dim % 2 == 0, f'head_dim ({c.head_dim}) must be even, because RoPE rotates pairs')
+    require(c.dropout < 1 and c.attention_dropout < 1, 'dropout must be below 1')
+    require(c.rope_factor >= 1, 'rope_factor must be at least 1')
+    require(c.rope_theta > 1, 'rope_theta must be above 1')
+    good = 0 < c.rope_beta_slow <= c.rope_beta_fast
+    require(good, 'rope_beta_slow must be above 0, and at most rope_beta_fast')
+
+
+def check_number(name, value, kind):
+    kinds = [kind] if kind in (int, bool) else [float, int]  # a whole number is a float too
+    minimum = 1 if kind is int else 0
+    good = type(value) in kinds and minimum <= value < 2 ** 31
+    require(good, f'{name} is {value!r:.99}; it must be {kinds[0].__name__}, {minimum} to 2^31 - 1')
+
+
 def find_checkpoint(path):
     """The folder with config.json or adapter_config.json: path, or a hub id's download. Raises ValueError."""
     for name in ('adapter_config.json', 'config.json'):
@@ -1464,7 +1492,8 @@ def check_peft_options(raw):
         require(key in harmless or empty, f'{key} is {value!r:.99}, an option of PEFT that is not supported')
 
 
-# The methods that part two adds to GPT
+# The methods that part two adds
+GPTConfig.check = check_shape
 GPT.configure_optimizers = configure_optimizers
 GPT.from_pretrained = classmethod(from_pretrained)
 GPT.save_pretrained = save_pretrained

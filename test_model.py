@@ -529,6 +529,20 @@ def test_cache(prompt, changes):
         assert cache.position == 70
 
 
+@pytest.mark.parametrize('fast', [True, False])
+def test_prompt_that_goes_on(fast, monkeypatch):
+    """Tokens that follow those in the caches see what they would see in one prompt, more than a window too."""
+    monkeypatch.setattr(model, 'FAST', fast)
+    gpt = make().eval()
+    idx = torch.randint(97, (2, 60))
+    expected = gpt(idx, idx)[0]
+    caches = gpt.make_caches(idx, 60)
+    for start, stop in ((0, 5), (5, 12), (12, 37), (37, 38), (38, 60)):
+        for cache in caches:
+            cache.rewind(start)
+        torch.testing.assert_close(gpt.next_logits(idx[:, start:stop], caches), expected[:, stop - 1])
+
+
 def test_generate():
     gpt = make()
     idx = torch.randint(97, (3, 5))
