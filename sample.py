@@ -32,6 +32,7 @@ from prepare import (END, HARMONY, PATTERNS, Chat, byte_characters, encode_promp
 # the model
 out_dir = 'out'  # a run of train.py; its best checkpoint is used or, where there is none, its last
 init_from = ''  # folder or hub id of a checkpoint, in place of out_dir
+base = ''  # folder or hub id of the model of adapters, in place of the one that they name
 tokenizer_from = ''  # data folder, checkpoint or name of tiktoken; empty: the tokenizer in the model's folder
 experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
@@ -95,7 +96,7 @@ def load_model(folder):
     place, precision = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     merges = (folder / 'adapter_config.json').exists() and (export or not experts)
     expert_format = None if merges else experts or None  # save_pretrained packs merged experts
-    model = GPT.from_pretrained(folder, getattr(torch, precision), place, experts=expert_format)
+    model = GPT.from_pretrained(folder, getattr(torch, precision), place, expert_format, base or None)
     if merges:
         model.merge_lora()
     return model

@@ -1899,6 +1899,31 @@ def test_adapted_chat(flags, chats):
     assert GPT.from_pretrained('both', experts='mxfp4').lora is None
 
 
+def test_base(fox):
+    """--base finds a model that was moved away from its adapters. It can hold no adapters, such as these."""
+    make().save_pretrained('base')
+    adapt(GPT.from_pretrained('base', torch.float32)).save_adapter('adapters')
+    expected = GPT.from_pretrained('adapters', torch.float32)
+    expected.merge_lora()
+    Path('base').rename('moved')
+    flags = ['--init_from=adapters', f'--tokenizer_from={fox}/data', '--dtype=float32', '--device=cpu']
+    words = ['adapters', os.path.abspath('base'), 'base_model_name_or_path', '--base']
+    refuse(words, 'sample.py', *flags)
+    refuse(['--base', 'nowhere'], 'sample.py', *flags, base='nowhere')
+    refuse(['only adapters need a base'], 'sample.py', *flags, init_from='moved', base='moved')
+    assert model.read_shape('adapters', base='moved') == (expected.config, dict(lora_rank=3, lora_alpha=6.0))
+    run('sample.py', *flags, base='moved', export='merged')
+    assert_same(expected, GPT.from_pretrained('merged', torch.float32))
+    shutil.copytree('adapters', 'others')
+    for folder, named in (('adapters', 'others'), ('others', 'adapters'), ('others', 'others')):  # circles
+        raw = model.read_json(f'{folder}/adapter_config.json')
+        model.write_json(Path(folder, 'adapter_config.json'), raw | dict(base_model_name_or_path=named))
+        with pytest.raises(ValueError, match=f"'{named}': it holds adapters itself") as error:
+            model.read_shape(folder)
+        assert len(str(error.value)) < 300
+        refuse([folder, f"'{named}': it holds adapters itself"], 'sample.py', *flags, init_from=folder)
+
+
 # --- command lines ----------------------------------------------------------------------------------------
 
 def test_oldest_python():
