@@ -879,12 +879,12 @@ def orthogonalize(x, pieces=1):
 STACKS = 'gate_up_proj', 'down_proj'  # the matrices of the experts, which alone can be MXFP4
 
 
-def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None, **overrides):
+def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None, base=None, **overrides):
     """Load a folder or a Hugging Face hub id: a model, or adapters and the model that they name.
 
-    experts='mxfp4' keeps the matrices of the experts at four bits a value; they do not train. overrides
-    replace fields of GPTConfig. Raises ValueError, which names the tensors that do not fit. A folder that is
-    replaced meanwhile, such as a run's best/, is read again."""
+    experts='mxfp4' keeps the matrices of the experts at four bits a value; they do not train. base replaces
+    the model that adapters name, overrides replace fields of GPTConfig. A folder that is replaced meanwhile,
+    such as a run's best/, is read again. Raises ValueError, which names the tensors that do not fit."""
     require(experts in (None, 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or None')
     seen = None
     while seen != stamp_files(path):
@@ -893,7 +893,7 @@ def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None,
         try:
             adapted = (find_checkpoint(path) / 'adapter_config.json').is_file()
             load = load_adapters if adapted else load_model
-            model = load(cls, path, dtype, device, experts, overrides)
+            model = load(cls, path, dtype, device, experts, base, overrides)
         except ValueError as caught:
             error = caught
     if error:
@@ -910,10 +910,10 @@ def stamp_files(path):
     return found
 
 
-def load_model(cls, path, dtype, device, expert_format, overrides):
+def load_model(cls, path, dtype, device, expert_format, base, overrides):
     """The model, without adapters, of a folder or hub id. Raises ValueError."""
     folder = find_checkpoint(path)
-    config, _ = read_shape(folder, **overrides)
+    config, _ = read_shape(folder, base, **overrides)
     overflows = dtype == torch.float16 and config.hidden_size == 2880
     require(not overflows, "gpt-oss's activations exceed the range of float16; use bfloat16 or float32")
     with torch.device('meta'):
@@ -1230,17 +1230,19 @@ def find_checkpoint(path):
         raise ValueError(f'{path} is no folder, and the download failed ({type(error).__name__})') from error
 
 
-def read_shape(path, **overrides):
+def read_shape(path, base=None, **overrides):
     """(GPTConfig, settings of the adapters or {}) of a checkpoint, without its weights. Raises ValueError."""
     folder = find_checkpoint(path)
     if not (folder / 'adapter_config.json').is_file():
+        require(not base, f'{folder} holds a whole model; only adapters need a base')
         if 'dropout' in overrides:
             overrides = dict(attention_dropout=None) | overrides
         return replace(read_config(folder), **overrides), {}
     raw = read_json(folder / 'adapter_config.json')
+    base = find_base(folder, raw, base)
     try:
         overrides = raw.get('overrides', {}) | overrides
-        config, _ = read_shape(raw['base_model_name_or_path'], **overrides)
+        config, _ = read_shape(base, **overrides)
         return config, dict(lora_rank=int(raw['r']), lora_alpha=float(raw['lora_alpha']))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f'{folder} cannot be loaded ({type(error).__name__}: {str(error):.300})') from error
@@ -1295,7 +1297,7 @@ def write_config(config, folder, dtype, expert_format):
     rope = {key.removeprefix('rope_'): raw.pop(key) for key in list(raw) if key.startswith('rope_')}
     raw['rope_theta'] = rope.pop('theta')
     raw['rope_scaling'] = dict(rope_type='yarn', **rope)
-    raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'], transformers_version='4.55.0')
+    raw |= dict(model_type='gpt_oss', architectures=['GptOssForCausalLM'], transformers_version='4.56.0')
     raw |= dict(hidden_act='silu', attention_bias=True, torch_dtype=str(dtype).removeprefix('torch.'))
     # transformers before 5.16 cannot generate with output_router_logits
     raw |= dict(output_router_logits=False, training_router_aux_loss_coef=config.router_aux_loss_coef)
@@ -1456,14 +1458,27 @@ def save_adapter(model, path, weights=None):
         save_file(tensors, new / 'adapter_model.safetensors')
 
 
-def load_adapters(cls, path, dtype, device, expert_format, overrides):
+def find_base(folder, raw, base):
+    """The model, a folder or hub id, that adapter_config.json names or that `base` is. Raises ValueError."""
+    base = base or raw.get('base_model_name_or_path') or None
+    try:
+        adapted = (find_checkpoint(base) / 'adapter_config.json').is_file()
+        require(not adapted, 'it holds adapters itself')
+        return base
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'the adapters in {folder} need their base model, {base!r:.200}: {error}; --base, '
+                         'a folder or hub id, replaces base_model_name_or_path') from error
+
+
+def load_adapters(cls, path, dtype, device, expert_format, base, overrides):
     """Load the model that adapter_config.json names, then the adapters. Those not in the file stay zero."""
     folder = find_checkpoint(path)
     raw = read_json(folder / 'adapter_config.json')
+    base = find_base(folder, raw, base)
     try:
         check_peft_options(raw)
         overrides = raw.get('overrides', {}) | overrides
-        model = cls.from_pretrained(raw['base_model_name_or_path'], dtype, device, expert_format, **overrides)
+        model = cls.from_pretrained(base, dtype, device, expert_format, **overrides)
         model.add_lora(raw['r'], raw['lora_alpha'])
         ours = {peft_name(name): name for name, _ in model.named_parameters() if 'lora.' in name}
         if 'down_proj' not in str(raw.get('target_parameters')):  # then PEFT wraps once

@@ -10,12 +10,12 @@ import config  # first, because it sets how OpenMP waits before torch loads it
 from config import check, explain_torch, fail_on
 
 import codecs
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,15 @@ import tiktoken
 import torch
 from torch.utils._triton import has_triton
 
-from model import GPT, GPTConfig, find_checkpoint, read_json, write_json
-from prepare import (END, HARMONY, PATTERNS, Chat, byte_characters, encode_prompt, load_tokenizer,
+from model import GPT, GPTConfig, find_checkpoint, read_json, replace_checkpoint, write_json
+from prepare import (END, HARMONY, PATTERNS, BadInput, Chat, byte_characters, encode_prompt, load_tokenizer,
                      make_splitter, reading)
 
 # -----------------------------------------------------------------------------
 # the model
 out_dir = 'out'  # a run of train.py; its best checkpoint is used or, where there is none, its last
 init_from = ''  # folder or hub id of a checkpoint, in place of out_dir
+base = ''  # folder or hub id of the model of adapters, in place of the one that they name
 tokenizer_from = ''  # data folder, checkpoint or name of tiktoken; empty: the tokenizer in the model's folder
 experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
@@ -63,42 +64,43 @@ def main():
     found = [folder for folder in folders if any(folder.glob('*config.json'))]
     check(init_from or found, f'{out_dir} holds no checkpoint: python train.py writes one; '
                               '--out_dir or --init_from name another')
+    place, precision = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
     with fail_on(ValueError):
         folder = find_checkpoint(init_from or found[0])
-        model = load_model(folder)
+        merges = (folder / 'adapter_config.json').exists() and (export or not experts)
+        expert_format = None if merges else experts or None  # save_pretrained packs merged experts
+        model = GPT.from_pretrained(folder, getattr(torch, precision), place, expert_format, base or None)
         meta = read_json(folder / 'meta.json') if (folder / 'meta.json').exists() else {}
-        window = context or int(meta.get('block_size') or 0)  # 0: unknown
         encoder = load_encoder(folder, model.config.vocab_size)
+    if merges:
+        model.merge_lora()
+    window = context or meta.get('block_size') or 0  # 0: unknown
+    check(window in range(2 ** 31), f'{folder}/meta.json: block_size is {window!r:.99}')
     torch.manual_seed(seed)  # after loading, because add_lora draws random numbers
     answer = partial(continue_prompt, model, encoder, window or None)
     if export:
         write_export(model, encoder, folder)
     elif chat:
-        converse(answer, encoder, window or model.config.max_position_embeddings - max_new_tokens)
+        longest = model.config.max_position_embeddings - max_new_tokens
+        check(longest > 0, f'max_new_tokens ({max_new_tokens}) leaves no room for a prompt')
+        converse(answer, encoder, min(window or longest, longest))
     else:
         print_samples(answer, encoder)
 
 
 def check_settings():
-    check(max_new_tokens >= 1, f'max_new_tokens is {max_new_tokens}; it must be at least 1')
-    check(context >= 0, f'context is {context}; it must be at least 0')
-    check(experts in ('', 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or empty')
-    check(reasoning_effort in ('low', 'medium', 'high'),
-          f'reasoning_effort is {reasoning_effort!r}; it must be low, medium or high')
-    check(-2 ** 63 <= seed < 2 ** 64, f'seed is {seed}; it must fit in 64 bits')
+    allowed = dict(num_samples=range(1, 2 ** 31), max_new_tokens=range(1, 2 ** 31), context=range(2 ** 31),
+                   top_k=range(2 ** 31), seed=range(-2 ** 63, 2 ** 64), experts=('', 'mxfp4'),
+                   reasoning_effort=('low', 'medium', 'high'))
+    for name, values in allowed.items():
+        value = globals()[name]
+        check(value in values, f'{name} is {value!r:.99}; it must be in {values}')
+    check(chat or export or not system + tools, 'system and tools are for a chat; add --chat')
+    check(not (chat and export), 'chat and export are two tasks; give one of them')
+    with fail_on(UnicodeError, '; start and system must be in UTF-8'):  # Python hides other bytes
+        (start + system).encode()
     is_free = not os.path.exists(export) or os.path.isdir(export) and not os.listdir(export)
-    check(is_free, f'{export} exists already; --export needs a new folder')
-
-
-def load_model(folder):
-    """The model of a checkpoint. Adapters are merged, except for sampling with packed experts."""
-    place, precision = config.pick_device(device, 'bfloat16' if export and dtype == 'auto' else dtype)
-    merges = (folder / 'adapter_config.json').exists() and (export or not experts)
-    expert_format = None if merges else experts or None  # save_pretrained packs merged experts
-    model = GPT.from_pretrained(folder, getattr(torch, precision), place, experts=expert_format)
-    if merges:
-        model.merge_lora()
-    return model
+    check(is_free, f'{export} exists already; --export needs a new or an empty folder')
 
 
 def load_encoder(folder, vocab_size):
@@ -146,16 +148,15 @@ def continue_prompt(model, encoder, window, prompt):
     began = time.perf_counter()
     stops = stop_tokens(encoder)
     idx = torch.tensor([prompt], device=model.lm_head.weight.device)
-    pays = idx.is_cuda and has_triton() and num_samples * max_new_tokens >= 2000
+    pays = idx.is_cuda and num_samples * max_new_tokens >= 2000 and has_triton()
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,
                           window, pays if compile is None else compile)
     try:
-        for count, token in enumerate(map(int, tokens), 1):
-            if token in stops:
-                break
-            yield token
-    except ValueError as error:  # a setting or the prompt is out of range
-        config.fail(error)
+        with fail_on(ValueError):  # a setting or the prompt is out of range
+            for count, token in enumerate(map(int, tokens), 1):
+                if token in stops:
+                    break
+                yield token
     except RuntimeError as error:
         check('probability tensor' not in str(error), f'the model is damaged or needs another dtype: {error}')
         raise
@@ -182,12 +183,12 @@ def show(encoder, tokens):
 
 def converse(answer, encoder, longest):
     """Read messages and print answers until the input ends. The line after a call is the tool's result."""
-    for token in HARMONY:
-        check(token in encoder.special_tokens_set, f'the tokenizer {encoder.name} has no {token}; '
-              'fine-tune a model on chats (README, Fine-tune)')
-    with fail_on(ValueError), reading(tools):
-        functions = json.loads(Path(tools).read_text(encoding='utf-8-sig')) if tools else None
+    check(encoder.special_tokens_set.issuperset(HARMONY),
+          f'the tokenizer {encoder.name} has no <|start|>; fine-tune a model on chats (README, Fine-tune)')
     messages = [dict(role='system', content=system)] if system else []
+    with fail_on(ValueError), reading('system or tools'):
+        functions = json.loads(Path(tools).read_text(encoding='utf-8-sig')) if tools else None
+        Chat(messages, functions).prompt(encoder)  # raises for functions of a wrong form
     while True:
         try:
             line = input('> ' if sys.stdin.isatty() else '').strip('\ufeff \t\r\n')
@@ -195,76 +196,89 @@ def converse(answer, encoder, longest):
             return
         if line:
             role = 'tool' if messages and 'tool_calls' in messages[-1] else 'user'
+            line.encode()  # raises for hidden bytes, as they are in the locale C
             messages.append(dict(role=role, content=line))
-            prompt = make_prompt(messages, functions, encoder, longest)
-            if prompt:
+            try:
+                prompt = make_prompt(messages, functions, encoder, longest)
                 messages += print_answer(answer(prompt), encoder)
+            except BadInput as error:
+                print(f'(the message is left out: {error!s:.300})', file=sys.stderr)
+                messages.pop()
 
 
 def make_prompt(messages, functions, encoder, longest):
-    """The token ids of a chat. Oldest turns are removed if it exceeds `longest`. None: the last one does."""
+    """The token ids of a chat. Oldest turns are removed if it exceeds `longest`. Raises BadInput."""
     while True:
-        with fail_on((ValueError, RecursionError)):  # tools of a wrong type, or nested too deep
-            prompt = Chat(messages, functions).prompt(encoder, reasoning_effort)
+        prompt = Chat(messages, functions).prompt(encoder, reasoning_effort)
         if len(prompt) <= longest:
             return prompt
         users = [i for i, message in enumerate(messages) if message['role'] == 'user']
         if len(users) == 1:
-            messages.pop()
-            print(f'(the message is left out: {len(prompt)} tokens are more than {longest})', file=sys.stderr)
-            return None
+            raise BadInput(f'{len(prompt)} tokens are more than {longest}')
         print(f'(the oldest turn is left out: the chat has more than {longest} tokens)', file=sys.stderr)
         del messages[users[0]:users[1]]
 
 
 def print_answer(tokens, encoder):
-    """Print the messages of an answer, each under the name of its channel, and return them."""
+    """Print the messages of an answer, each under its channel and the tool that it calls, and return them."""
     content_begins = encoder.encode_single_token('<|message|>')
     content_ends = encoder.encode_single_token('<|end|>')
     messages = []
     header = []  # the tokens before the content of a message
-    for token in tokens:
-        if token != content_begins:
+    for token in itertools.chain(tokens, [content_ends]):
+        if token not in (content_begins, content_ends):
             header.append(token)
             continue
-        head = encoder.decode(header).rpartition('<|start|>')[2]
+        head = encoder.decode(header)
         header = []
-        channel = (re.findall(r'<\|channel\|>(\w+)', head) or ['final'])[0]
-        call = re.search(r' to=functions\.([\w.-]+)', head)
-        print(f'[{channel} to {call[1]}]' if call else f'[{channel}]')
+        if token == content_ends:
+            print(head, end='\n' if head else '')
+            text = re.split(r'<\||^ to=', head)[0]  # without a header
+            messages += [dict(role='assistant', content=text)] if text else []
+            continue
+        fields = dict(re.findall(r'(<\|channel\|>|<\|constrain\|>| to=| )([^\s<]+)', head))
+        channel = fields.get('<|channel|>', 'final')
+        recipient = fields.get(' to=', 'all')
+        calls = recipient not in ('all', 'user', 'assistant')
+        name = recipient.removeprefix('functions.')
+        print(f'[{channel} to {name}]' if calls else f'[{channel}]')
         text = show(encoder, iter(partial(next, tokens), content_ends))  # up to <|end|>
         print()
-        if call:
-            messages.append(dict(role='assistant', tool_calls=[dict(name=call[1], arguments=text)]))
-        elif channel in ('analysis', 'commentary', 'final'):
-            messages.append(dict(role='assistant', channel=channel, content=text))
-    print(encoder.decode(header), end='')  # of a message without content
+        known = channel in ('analysis', 'commentary')
+        message = dict(role='assistant', channel=channel if known else 'final')
+        if calls:
+            kind = fields.get('<|constrain|>', fields.get(' ', ''))
+            call = dict(name=name, recipient=recipient, content_type=kind, arguments=text)
+            message['tool_calls'] = [call | dict(constrain='<|constrain|>' in fields)]
+        else:
+            message['content'] = text
+        messages.append(message)
     return messages
 
 
 def write_export(model, encoder, folder):
     """Write a checkpoint with its tokenizer to the folder export, which appears whole or not at all."""
-    check(encoder.n_vocab <= model.config.vocab_size,
-          f'the tokenizer has {encoder.n_vocab} tokens, more than vocab_size ({model.config.vocab_size})')
-    if model.config.tie_word_embeddings:  # some programs cannot load a tied head, others leave it random
+    shape = model.config
+    check(encoder.n_vocab <= shape.vocab_size,
+          f'the tokenizer has {encoder.n_vocab} tokens, more than vocab_size ({shape.vocab_size})')
+    if shape.tie_word_embeddings:  # some programs cannot load a tied head, others leave it random
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-    parent = Path(export).resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as temporary:
-        new = Path(temporary, 'new')
+        shape.tie_word_embeddings = False
+    with replace_checkpoint(export) as new:
         with fail_on(ValueError):  # weights that MXFP4 cannot hold
             model.save_pretrained(new, experts=experts or None)
         write_tokenizer(encoder, new)
         files = [Path(tokenizer_from or folder, name) for name in ('meta.json', 'tokenizer.tiktoken')]
         for file in filter(Path.exists, files):  # for sample.py and train.py
             shutil.copy(file, new)
-        new.replace(export)
     print(f'{export}: {model.num_parameters():,} parameters')
-    usual = GPTConfig(num_hidden_layers=model.config.num_hidden_layers)
-    same_layers = model.config.layer_types == usual.layer_types
-    if not same_layers or model.config.swiglu_limit != usual.swiglu_limit:
-        print('llama.cpp, vLLM and mlx-lm compute wrong outputs: they ignore layer_types and swiglu_limit')
+    usual = GPTConfig(num_hidden_layers=shape.num_hidden_layers)
+    names = ('layer_types', 'swiglu_limit')
+    ignored = [name for name in names if getattr(shape, name) != getattr(usual, name)]
+    if ignored:
+        print(f'llama.cpp, vLLM and mlx-lm compute wrong outputs: they ignore {" and ".join(ignored)}')
+    if shape.rope_factor * shape.rope_original_max_position_embeddings != shape.max_position_embeddings:
+        print('transformers 4.55 computes wrong outputs: it replaces rope_factor by the ratio of contexts')
     if encoder.name in ('byte', 'char'):
         print(f'llama.cpp does not read the tokenizer {encoder.name}; bpe and those of tiktoken work there')
 
@@ -281,10 +295,10 @@ def write_tokenizer(encoder, folder):
                    eos_token=end, pad_token=END)
     options['model_input_names'] = ['input_ids', 'attention_mask']  # transformers 4.57 adds types otherwise
     write_json(folder / 'tokenizer_config.json', options)
-    generation = dict(do_sample=True, eos_token_id=stop_tokens(encoder), pad_token_id=encoder.eot_token)
-    write_json(folder / 'generation_config.json', generation)
     ids = dict(eos_token_id=encoder.encode_single_token(end), pad_token_id=encoder.eot_token)
     write_json(folder / 'config.json', read_json(folder / 'config.json') | ids)
+    ids |= dict(do_sample=True, eos_token_id=stop_tokens(encoder))
+    write_json(folder / 'generation_config.json', ids)
 
 
 def convert_tokenizer(encoder):
@@ -295,9 +309,8 @@ def convert_tokenizer(encoder):
     written = {token: ''.join(map(characters.get, token)) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        for i in range(1, len(token)):
-            if token[:i] in ranks and token[i:] in ranks:
-                merges.append((written[token[:i]], written[token[i:]]))
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += [(written[a], written[b]) for a, b in pairs if a in ranks and b in ranks]
     bpe = Tokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([make_splitter(encoder), spell])
@@ -315,5 +328,7 @@ if __name__ == '__main__':
             main()
     except BrokenPipeError:  # the program that reads the output has ended, as in `python sample.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, UnicodeError, ImportError) as error:  # UnicodeError: the terminal has another encoding
+    except UnicodeError as error:
+        config.fail(f'input or output: {error}; PYTHONIOENCODING names their encoding')
+    except (OSError, ImportError) as error:
         config.fail(error)

@@ -1101,6 +1101,7 @@ def refuse(words, script, *flags, **settings):
     err = run(script, *flags, status=2, **settings).err
     assert 'Traceback' not in err, err
     line, = re.findall(r'(?:train|prepare|sample|bench)\.py: (.*)', err)
+    assert len(line) < 1000
     assert all(word in line for word in words), line
 
 
@@ -1255,6 +1256,11 @@ def export_tokenizer(encoder):
     return transformers.AutoTokenizer.from_pretrained('exported')
 
 
+def replace_as_windows(path, target):
+    assert not os.path.isdir(target)
+    os.replace(path, target)
+
+
 def test_export():
     """An export has a head, the keys that other programs read, and a line for what they cannot do."""
     transformers = pytest.importorskip('transformers')
@@ -1262,18 +1268,25 @@ def test_export():
     gpt = make(vocab_size=meta['vocab_size'], router_aux_loss_coef=0.1, tie_word_embeddings=True,
                layer_types=[FULL, SLIDING, FULL], swiglu_limit=6.0)
     gpt.save_pretrained('data')
-    said = run('sample.py', init_from='data', export='out', device='cpu', dtype='float32').out
-    assert all(word in said for word in ('layer_types', 'swiglu_limit', 'the tokenizer char'))
+    Path('out').mkdir()  # may be there if it is empty
+    with mock.patch.object(Path, 'replace', replace_as_windows):
+        said = run('sample.py', init_from='data', export='out', device='cpu', dtype='float32').out
+    words = 'layer_types and swiglu_limit', 'transformers 4.55', 'the tokenizer char'
+    assert all(word in said for word in words)
     raw = json.loads(Path('out/config.json').read_text())
     assert raw['eos_token_id'] == raw['pad_token_id'] == encoder.eot_token
     assert raw | dict(tie_word_embeddings=False, output_router_logits=False, experts_per_token=2,
-                      initial_context_length=64, transformers_version='4.55.0') == raw
+                      initial_context_length=64, transformers_version='4.56.0') == raw
     assert torch.equal(load_file('out/model.safetensors')['lm_head.weight'], gpt.lm_head.weight)
     assert GPT.from_pretrained('out').config.router_aux_loss_coef == 0.1
     theirs = transformers.AutoModelForCausalLM.from_pretrained('out')
     assert {*transformers.AutoTokenizer.from_pretrained('out')('the')} == {'input_ids', 'attention_mask'}
     idx = torch.from_numpy(tokens['val'][None, :20].astype(int))
     torch.testing.assert_close(theirs(idx).logits, gpt.eval()(idx, idx)[0], atol=1e-4, rtol=1e-4)
+
+    make(max_position_embeddings=2048).save_pretrained('usual')  # 32 times as long as the original context
+    said = run('sample.py', init_from='usual', tokenizer_from='data', export='again', device='cpu').out
+    assert 'wrong outputs' not in said and sorted(os.listdir('again')) == sorted(os.listdir('out'))
 
     theirs.save_pretrained('theirs')  # without a tokenizer
     file = Path('theirs/tokenizer.json')
@@ -1997,10 +2010,10 @@ def test_long_chats(flags):
     refuse([f'={longest}'], 'train.py', *flags, block_size=99)
 
 
-def converse(monkeypatch, words, answers, longest):
+def converse(monkeypatch, words, answers, longest=10_000, tokenizer='byte'):
     """The prompts of a conversation in which the model gives these answers."""
-    ranks = {bytes([i]): i for i in range(256)}
-    encoder = prepare.encoding('byte', ranks, (END, *prepare.HARMONY))
+    ranks = {bytes([i]): i for i in range(128 if tokenizer == 'char' else 256)}
+    encoder = prepare.encoding(tokenizer, ranks, (END, *prepare.HARMONY))
     prompts = []
 
     def answer(prompt):
@@ -2026,10 +2039,69 @@ def test_chat_with_tools(monkeypatch, capsys):
     monkeypatch.setattr(sample, 'tools', str(write('tools.json', json.dumps(TOOLS))))
     call = ' to=functions.find<|channel|>commentary json<|message|>{"what":"a"}<|call|>'
     final = '<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>'
-    first, second = converse(monkeypatch, 'Find a.\nIt is here.\n', [call, final], 10_000)
+    first, second = converse(monkeypatch, 'Find a.\nIt is here.\n', [call, final])
     assert capsys.readouterr().out == '[commentary to find]\n{"what":"a"}\n[analysis]\nHm.\n[final]\na\n'
     result = '<|start|>functions.find to=assistant<|channel|>commentary<|message|>It is here.<|end|>'
     assert 'type find = ' in first and second == first + call + result + '<|start|>assistant'
+
+
+@pytest.mark.parametrize('header, recipient, kind, constrain', [
+    ('<|channel|>analysis to=python code', 'python', 'code', False),
+    (' to=browser.search<|channel|>analysis code', 'browser.search', 'code', False),
+    ('<|channel|>commentary to=get_a-b <|constrain|>json', 'get_a-b', 'json', True),
+    ('<|channel|>commentary to=functions.f<|constrain|>json', 'functions.f', 'json', True),
+    ('<|channel|>commentary to=f', 'f', '', False)])
+def test_recipients(header, recipient, kind, constrain, monkeypatch, capsys):
+    """A message to any tool is a call. The history keeps it as it was written. The next line answers it."""
+    histories = []
+
+    def keep(messages, *more):
+        histories.append(copy.deepcopy(messages))
+        return prepare.Chat(messages, *more)
+
+    monkeypatch.setattr(sample, 'Chat', keep)
+    answers = [f'{header}<|message|>1 + 1<|call|>', '<|channel|>final<|message|>2<|return|>']
+    prompts = converse(monkeypatch, 'Q\n2\nQ\n', [*answers, *answers[1:]])
+    name = recipient.removeprefix('functions.')
+    channel = 'analysis' if 'analysis' in header else 'commentary'
+    assert capsys.readouterr().out == f'[{channel} to {name}]\n1 + 1\n' + '[final]\n2\n' * 2
+    call = dict(name=name, recipient=recipient, content_type=kind, constrain=constrain, arguments='1 + 1')
+    called = dict(role='assistant', channel=channel, tool_calls=[call])
+    assert histories[-1] == [user('Q'), called, dict(role='tool', content='2'),
+                             assistant('2', channel='final'), user('Q')]
+    assert prompts[1].count('<|start|>user') == 1 and prompts[2].count('<|start|>user') == 2
+
+
+HI = '<|start|>assistant<|channel|>final<|message|>Hi<|end|>'
+
+
+@pytest.mark.parametrize('answer, shown, history', [
+    ('Hi to=a<|return|>', 'Hi to=a\n', HI.replace('Hi', 'Hi to=a')),
+    ('<|channel|>an<|return|>', '<|channel|>an\n', ''), (' to=a<|return|>', ' to=a\n', ''),
+    ('Hi<|end|><|start|>assistant<|message|>Hi<|return|>', 'Hi\n[final]\nHi\n', HI + HI),
+    ('<|channel|>other<|message|>Hi<|return|>', '[other]\nHi\n', HI),
+    ('<|channel|>final to=user<|message|>Hi<|return|>', '[final]\nHi\n', HI)])
+def test_answers_without_form(answer, shown, history, monkeypatch, capsys):
+    """Text without a header or in an unknown channel is kept as an answer. A header that is cut is not."""
+    first, second = converse(monkeypatch, 'Q\nQ\n', [answer, HI + '<|return|>'])
+    assert capsys.readouterr().out == shown + '[final]\nHi\n'
+    begin = '<|start|>assistant'
+    assert second == first.removesuffix(begin) + history + '<|start|>user<|message|>Q<|end|>' + begin
+
+
+def test_characters_of_a_chat(chats, monkeypatch, capsys):
+    """A message that the tokenizer cannot encode is left out. Input in another encoding is refused."""
+    prompts = converse(monkeypatch, 'a\nn\xe9\nb\n', [HI + '<|return|>'] * 2, tokenizer='char')
+    assert len(prompts) == 2 and "left out: the char tokenizer has no 'é'" in capsys.readouterr().err
+    flags = [f'--out_dir={chats}', '--device=cpu', '--chat']
+    for errors in ('strict', 'surrogateescape'):  # the second in the locale C
+        stdin = io.TextIOWrapper(io.BytesIO(b'n\xe9\n'), 'utf-8', errors)
+        monkeypatch.setattr(sys, 'stdin', stdin)
+        refuse(['input', 'utf-8', 'PYTHONIOENCODING'], 'sample.py', *flags)
+    refuse(['system', 'UTF-8'], 'sample.py', *flags, system='\udce9')
+    refuse(['max_new_tokens', '131072'], 'sample.py', *flags, max_new_tokens=131072)
+    tools = write('tools.json', json.dumps([dict(name=5, description='x' * 5000)]))
+    refuse(['tools', 'has no name'], 'sample.py', *flags, tools=tools)
 
 
 def test_adapted_chat(flags, chats):
@@ -2044,6 +2116,31 @@ def test_adapted_chat(flags, chats):
     assert gpt.config.router_aux_loss_coef == 0  # frozen routers cannot be balanced; the base has 0.05
     run('sample.py', export='both', experts='mxfp4')
     assert GPT.from_pretrained('both', experts='mxfp4').lora is None
+
+
+def test_base(fox):
+    """--base finds a model that was moved away from its adapters. It can hold no adapters, such as these."""
+    make().save_pretrained('base')
+    adapt(GPT.from_pretrained('base', torch.float32)).save_adapter('adapters')
+    expected = GPT.from_pretrained('adapters', torch.float32)
+    expected.merge_lora()
+    Path('base').rename('moved')
+    flags = ['--init_from=adapters', f'--tokenizer_from={fox}/data', '--dtype=float32', '--device=cpu']
+    words = ['adapters', os.path.abspath('base'), 'base_model_name_or_path', '--base']
+    refuse(words, 'sample.py', *flags)
+    refuse(['--base', 'nowhere'], 'sample.py', *flags, base='nowhere')
+    refuse(['only adapters need a base'], 'sample.py', *flags, init_from='moved', base='moved')
+    assert model.read_shape('adapters', base='moved') == (expected.config, dict(lora_rank=3, lora_alpha=6.0))
+    run('sample.py', *flags, base='moved', export='merged')
+    assert_same(expected, GPT.from_pretrained('merged', torch.float32))
+    shutil.copytree('adapters', 'others')
+    for folder, named in (('adapters', 'others'), ('others', 'adapters'), ('others', 'others')):  # circles
+        raw = model.read_json(f'{folder}/adapter_config.json')
+        model.write_json(Path(folder, 'adapter_config.json'), raw | dict(base_model_name_or_path=named))
+        with pytest.raises(ValueError, match=f"'{named}': it holds adapters itself") as error:
+            model.read_shape(folder)
+        assert len(str(error.value)) < 300
+        refuse([folder, f"'{named}': it holds adapters itself"], 'sample.py', *flags, init_from=folder)
 
 
 # --- command lines ----------------------------------------------------------------------------------------
@@ -2124,6 +2221,11 @@ BAD_INPUT = dict(
         ('--val_fraction=1.5', '1.5'), ('--tokenizer=bpe --vocab_size=100', '100', '257')],
     sample=[
         ('--start=QUICK', "'C', 'I'"), ('--start=FILE:none.txt', 'none.txt'), ('--chat', '<|start|>'),
+        ('--num_samples=0', 'num_samples', '0'), ('--context=-1', 'context', '-1'), ('--seed=1e20', 'seed'),
+        ('--max_new_tokens=0', 'max_new_tokens', '0'), ('--temperature=nan', 'temperature', 'nan'),
+        ('--experts=int4', 'experts', 'int4', 'mxfp4'), ('--reasoning_effort=max', 'max', 'low', 'high'),
+        ('--system=x', 'system', '--chat'), ('--tools=x --start=a', 'tools', '--chat'),
+        ('--chat --export=new', 'chat', 'export'), ('--init_from=negative', 'negative/meta.json', '-5'),
         ('--temperature=-1', 'temperature', '-1'), ('--top_p=0', 'top_p', '0'), ('--top_k=-1', 'top_k', '-1'),
         ('--min_p=2', 'min_p', '2'), ('--max_new_tokens=200000', 'prompt'), ('--out_dir=none', 'none'),
         ('--export=short', 'short'), ('--init_from=untold', 'untold', 'tokenizer')],
@@ -2146,6 +2248,9 @@ def playground(fox, tmp_path_factory):
     write('empty/meta.json', '{}')
     shutil.copytree('short/best', 'untold')
     write('untold/tokenizer.tiktoken', 'YQ== 0\nYg== 5')
+    shutil.copytree('short/best', 'negative')
+    meta = json.loads(Path('negative/meta.json').read_text())
+    write('negative/meta.json', json.dumps(meta | dict(block_size=-5)))
     write('typo.py', 'learning_rat = 1e-3')
     write('crash.py', 'x = 1\n_y = x / 0')
     with FileLock(write('locked/.lock', '')):

@@ -57,6 +57,7 @@ eval_only = False  # print the loss of init_from over the whole validation set, 
 # fine-tuning
 lora_rank = 0  # train adapters of this rank on attention and experts, not the model; 0: the whole model
 lora_alpha = 16.0  # the output of an adapter is scaled by lora_alpha / lora_rank
+base = ''  # folder or hub id of the model of adapters, in place of the one that they name
 experts = ''  # mxfp4: with lora_rank, keep the frozen experts at four bits a value
 # batches
 batch_size = 16  # sequences that go through the model together
@@ -160,7 +161,7 @@ checkpoints = best, last, last_old = out / 'best', out / 'last', out / 'last.old
 lock = FileLock(out / '.lock')  # rank 0 holds it while it writes
 NEW = dict(step=0, sequences=0, tokens=0, skipped=0, best_loss=math.inf, best_step=0, wandb='', scaler={},
            settings={}, losses=[], sizes={})  # losses since the last row of metrics.jsonl; sizes of files
-OF_A_START = {'out_dir', 'init_from', 'overwrite', 'eval_only', 'fsdp', 'shard_size'}  # not kept by a run
+OF_A_START = {'out_dir', 'init_from', 'base', 'overwrite', 'eval_only', 'fsdp', 'shard_size'}  # not kept
 POSITIVE = {'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
             'log_interval'}
 SHAPE = set(GPTConfig.__dataclass_fields__)
@@ -229,10 +230,10 @@ def check_out_dir():
     init_from = asked['init_from']
     check(not runs or init_from == 'resume' or asked['overwrite'],
           f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
-    bases = [Path(init_from).resolve()]
-    with suppress(ValueError, KeyError, TypeError):  # adapters need their base too
-        bases.append(Path(read_json(bases[0] / 'adapter_config.json')['base_model_name_or_path']))
-    check(not any(runs & {base, *base.parents} for base in bases),
+    needed = [Path(init_from).resolve(), Path(asked['base'] or init_from).resolve()]
+    with suppress(ValueError, KeyError, TypeError):  # the base of adapters
+        needed.append(Path(read_json(needed[0] / 'adapter_config.json')['base_model_name_or_path']))
+    check(not any(runs & {path, *path.parents} for path in needed),
           f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 
 
@@ -256,7 +257,7 @@ def decide():
     of_model = {}
     if folder:
         with fail_on(ValueError):
-            shape, adapters = read_shape(folder, **overrides)
+            shape, adapters = read_shape(folder, asked['base'] or None, **overrides)
         check(all(given.get(key, value) == value for key, value in adapters.items()),
               f'{folder} has adapters of {adapters}; leave out --lora_rank and --lora_alpha')
         of_model = asdict(shape) | adapters
@@ -473,7 +474,7 @@ def load_model(model_shape):
             model = GPT(model_shape).to(kind)
     elif folder:
         path = folder if resumed else init_from  # adapters name their base as it was given
-        model = GPT.from_pretrained(path, kind, place, experts or None, **overrides)
+        model = GPT.from_pretrained(path, kind, place, experts or None, base or None, **overrides)
     else:
         model = GPT(model_shape).to(place)  # made on the CPU: the same on every device
     if lora_rank and not model.lora:
