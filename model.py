@@ -399,14 +399,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
-               vocab_size=None, context=None, compile=False, caches=None, kept=0):
+               vocab_size=None, context=None, compile=False, banned=(), caches=None, kept=0):
         """Continue idx (B, T), yielding each token (B,) as it is drawn. check_sampling raises ValueError.
 
         temperature 0 is greedy. top_k keeps the k likeliest tokens, then min_p those at least this fraction
         as likely as the likeliest, then top_p the likeliest that together reach this probability. Tokens from
-        vocab_size on, which the tokenizer does not have, are never drawn. context cuts the prompt, and what
-        full attention sees. compile compiles the step of one token, which takes a minute the first time.
-        caches: those of an earlier call, which hold the first `kept` tokens of idx."""
+        vocab_size on and those in banned, which the tokenizer does not have, are never drawn. context cuts
+        the prompt, and what full attention sees. compile compiles the step of one token, which takes a
+        minute the first time. caches: those of an earlier call, which hold the first `kept` tokens of idx."""
         if context:
             idx = idx[:, -context:]
         length = idx.size(1) + max_new_tokens
@@ -425,6 +425,7 @@ class GPT(nn.Module):
                 if compile and i == 1:  # after the prompt
                     step = compile_step(step, caches, idx.is_cuda)
                 logits = step(idx, caches)[:, :vocab_size].float()
+                logits[:, list(banned)] = -math.inf
                 idx = draw(logits, temperature, top_k, top_p, min_p)  # the newest token; caches hold the rest
                 yield idx.squeeze(1)
         finally:

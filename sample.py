@@ -24,7 +24,7 @@ import tiktoken
 import torch
 from torch.utils._triton import has_triton
 
-from model import GPT, GPTConfig, find_checkpoint, read_json, replace_checkpoint, write_json
+from model import SLIDING, GPT, GPTConfig, find_checkpoint, read_json, replace_checkpoint, write_json
 from prepare import (END, HARMONY, PATTERNS, BadInput, Chat, byte_characters, encode_prompt, load_tokenizer,
                      make_splitter, reading)
 
@@ -47,6 +47,8 @@ top_k = 0  # draw from the k likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that together reach this probability
 min_p = 0.0  # draw from the tokens at least this fraction as likely as the likeliest
 seed = 1337  # of the draws
+stop: list[str] | None = None  # strings that end a text, which is printed without them
+logprobs = False  # print a table: each token, its probability, and the five likeliest tokens in its place
 compile: bool | None = None  # takes a minute; None: on cuda with Triton, from 2000 tokens in all samples on
 # chat
 chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
@@ -56,6 +58,7 @@ reasoning_effort = 'medium'  # low, medium or high
 # export
 export = ''  # folder to write the model to, adapters merged, for transformers and others; auto is bfloat16
 # -----------------------------------------------------------------------------
+BATCH = 16  # texts that are drawn together
 
 
 def main():
@@ -77,15 +80,14 @@ def main():
     window = context or meta.get('block_size') or 0  # 0: unknown
     check(window in range(2 ** 31), f'{folder}/meta.json: block_size is {window!r:.99}')
     torch.manual_seed(seed)  # after loading, because add_lora draws random numbers
-    answer = partial(continue_prompt, model, encoder, window or None)
     if export:
         write_export(model, encoder, folder)
     elif chat:
         longest = model.config.max_position_embeddings - max_new_tokens
         check(longest > 0, f'max_new_tokens ({max_new_tokens}) leaves no room for a prompt')
-        converse(answer, encoder, min(window or longest, longest))
+        converse(ChatCache(model, encoder, window).answer, encoder, min(window or longest, longest))
     else:
-        print_samples(answer, encoder)
+        print_samples(model, encoder, window)
 
 
 def check_settings():
@@ -131,38 +133,68 @@ def read_tokenizer(path):
         return encoder
 
 
-def print_samples(answer, encoder):
+def print_samples(model, encoder, window):
+    """Print the texts that continue `start`, one as it is drawn, several when all of a batch have ended."""
     text = start
     with fail_on(ValueError):
         if start.startswith('FILE:'):
             with reading(start):
                 text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8-sig')
         prompt = encode_prompt(encoder, text) or [encoder.eot_token]
-    for _ in range(num_samples):
-        print(text, end='', flush=True)
-        show(encoder, answer(prompt))
+    for first in range(0, num_samples, BATCH):
+        rows = [[] for _ in range(min(BATCH, num_samples - first))]
+        drawn = draw_rows(model, encoder, window, prompt, rows)
+        if is_live():
+            print(text, end='', flush=True)
+            show(encoder, drawn)
+        else:
+            list(drawn)
+            for row in rows:
+                print(text + decode_row(encoder, row))
+        if logprobs:
+            for row in rows:
+                print_probabilities(model, encoder, prompt, row)
 
 
-def continue_prompt(model, encoder, window, prompt):
-    """Yield the tokens (int) that continue a prompt, up to a stop token. Then print the speed."""
+def is_live():
+    """Whether tokens are printed as they are drawn."""
+    return chat or num_samples == 1 and not stop
+
+
+def draw_rows(model, encoder, window, prompt, rows, **cached):
+    """Add tokens that continue a prompt to each of the rows, up to a stop token or, outside of a chat, a stop
+    string. Yield those of the first row, without a stop token. Then print the speed."""
     began = time.perf_counter()
     stops = stop_tokens(encoder)
-    idx = torch.tensor([prompt], device=model.lm_head.weight.device)
+    strings = [] if chat else stop or []
+    idx = torch.tensor([prompt] * len(rows), device=model.lm_head.weight.device)
     pays = idx.is_cuda and num_samples * max_new_tokens >= 2000 and has_triton()
+    known = {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,
-                          window, pays if compile is None else compile)
+                          window or None, pays if compile is None else compile,
+                          set(range(encoder.n_vocab)) - known, **cached)
+    ended = set()
     try:
         with fail_on(ValueError):  # a setting or the prompt is out of range
-            for count, token in enumerate(map(int, tokens), 1):
-                if token in stops:
+            for drawn in tokens:
+                for i, token in enumerate(drawn.tolist()):
+                    if i in ended:
+                        continue
+                    rows[i].append(token)
+                    if token in stops or any(string in encoder.decode(rows[i]) for string in strings):
+                        ended.add(i)
+                    if i == 0 and token not in stops:
+                        yield token
+                if len(ended) == len(rows):
                     break
-                yield token
     except RuntimeError as error:
         check('probability tensor' not in str(error), f'the model is damaged or needs another dtype: {error}')
         raise
-    print(flush=True)
-    reason = '' if token in stops else ' (max_new_tokens)'
     seconds = time.perf_counter() - began
+    count = sum(map(len, rows))
+    reason = '' if len(ended) == len(rows) else ' (max_new_tokens)'
+    if is_live():
+        print(flush=True)
     print(f'--- {count} tokens{reason}, {count / seconds:.1f} tokens/s', file=sys.stderr)
 
 
@@ -179,6 +211,68 @@ def show(encoder, tokens):
         print(piece, end='', flush=True)
         text += piece
     return text
+
+
+def decode_row(encoder, row):
+    """The text of tokens, without a stop token and what follows a stop string."""
+    text = encoder.decode(row[:-1] if row[-1] in stop_tokens(encoder) else row)
+    for string in stop or []:
+        text = text.partition(string)[0]
+    return text
+
+
+@torch.no_grad()
+def print_probabilities(model, encoder, prompt, row):
+    """Print the probability of each token, and the likeliest tokens in its place, at temperature 1."""
+    idx = torch.tensor([prompt + row], device=model.lm_head.weight.device)
+    probabilities = model(idx, idx)[0][0, len(prompt) - 1:-1].float().softmax(-1)
+    for token, p, best, likely in zip(row, probabilities, *probabilities.topk(5)):
+        pairs = zip(likely.tolist(), best.tolist())
+        others = [f'{encoder.decode([other])!r} {chance:.3f}' for other, chance in pairs]
+        print(f'{encoder.decode([token])!r:20} {p[token]:.3f}   {"  ".join(others)}')
+
+
+class ChatCache:
+    """Keys and values of a chat. A prompt that begins with the one before goes on from its caches."""
+
+    def __init__(self, model, encoder, window):
+        self.model = model
+        self.encoder = encoder
+        self.window = window
+        self.prompt = []  # which the caches hold, before its answer
+        self.caches = []
+        self.rings = []  # copies of those of sliding layers, in which the answer replaces the prompt
+
+    def answer(self, prompt):
+        """Yield the tokens that continue a prompt, up to a stop token."""
+        kept = self.find_kept(prompt)
+        row = []
+        cached = dict(caches=self.caches, kept=kept)
+        for token in draw_rows(self.model, self.encoder, self.window, prompt, [row], **cached):
+            if len(row) == 1:
+                self.prompt = prompt
+                self.rings = [(cache.k.clone(), cache.v.clone()) for cache in self.sliding()]
+            yield token
+
+    def find_kept(self, prompt):
+        """How many tokens of a prompt the caches hold. If they are too small for it, they are made anew."""
+        longest = self.window or self.model.config.max_position_embeddings
+        needed = min(len(prompt) + max_new_tokens, longest)
+        fits = self.caches and needed <= self.size and self.caches[0].position.item() <= self.size
+        if fits and self.prompt == prompt[:len(self.prompt)] != prompt:
+            for cache, (k, v) in zip(self.sliding(), self.rings):
+                cache.k.copy_(k)
+                cache.v.copy_(v)
+            return len(self.prompt)
+        self.prompt = []
+        self.size = min(longest, 2 ** needed.bit_length())
+        idx = torch.tensor([prompt], device=self.model.lm_head.weight.device)
+        self.caches = self.model.make_caches(idx, self.size)
+        return 0
+
+    def sliding(self):
+        pairs = zip(self.caches, self.model.config.layer_types)
+        return [cache for cache, layer_type in pairs if layer_type == SLIDING]
 
 
 def converse(answer, encoder, longest):

@@ -1692,6 +1692,26 @@ def test_sample(fox):
     assert one == same != other
 
 
+def test_batches_of_samples(fox, monkeypatch):
+    """Texts are drawn together, and each ends on its own: at a stop token, or before a stop string."""
+    flags = [f'--out_dir={fox}/out', '--device=cpu', '--dtype=float32', '--start=the quick', '--max_new_tokens=90']
+    names = run('sample.py', *flags).names
+    encoder = names['load_encoder'](fox / 'out/best', 0)
+    rows = [[] for _ in range(9)]
+    drawn = names['draw_rows'](GPT.from_pretrained(fox / 'out/best'), encoder, 0, [1, 2], rows)
+    names['draw_rows'].__globals__.update(temperature=4.0)
+    first = list(drawn)
+    ends = {len(row) for row in rows}
+    assert len(ends) > 2 and first == [token for token in rows[0] if token != encoder.eot_token]
+    for row in rows:
+        assert encoder.eot_token not in row[:-1] and (len(row) == 90 or row[-1] == encoder.eot_token)
+    said = run('sample.py', *flags, temperature=0, stop='ox,dog', num_samples=17)
+    assert said.out.splitlines() == ['the quick brown f'] * 17 and said.err.count('tokens/s') == 2
+    said = run('sample.py', *flags, temperature=0, logprobs=True).out
+    row, = re.findall(r"^'w' +(\S+)   'w' (\S+)  .*$", said, re.MULTILINE)
+    assert row[0] == row[1] and 0.5 < float(row[0]) <= 1
+
+
 def test_evaluate(flags, fox):
     """A run begins at the loss of its model. --eval_only prints it, of a busy run too, and writes nothing."""
     out = fox / 'out'
@@ -1973,6 +1993,27 @@ def find_ends(split):
     """The positions of end of text, and -1."""
     _, encoder, tokens = read_data()
     return np.append(-1, np.flatnonzero(tokens[split] == encoder.eot_token))
+
+
+def test_chat_goes_on(monkeypatch):
+    """A chat goes on from its cache, past windows too, and answers as if the whole prompt were computed."""
+    for name, value in dict(temperature=0, max_new_tokens=30, chat=True).items():
+        monkeypatch.setattr(sample, name, value)
+    encoder = prepare.encoding('byte', {bytes([byte]): byte for byte in range(256)})
+    gpt = make(vocab_size=257).eval()
+    # caches grow by powers of two. Those of a window begin anew once an answer has exceeded it
+    for window, expected in ((0, [0, 40, 43, 68, 0, 139, 0]), (150, [0, 40, 43, 68, 0, 0, 0])):
+        cache = sample.ChatCache(gpt, encoder, window)
+        find_kept = cache.find_kept
+        cache.find_kept = lambda prompt: kept.append(find_kept(prompt)) or kept[-1]
+        kept = []
+        prompt = []
+        for new in (list(range(40)), [1, 2, 3], [5] * 25, [7], [6] * 70, [9] * 9):
+            prompt = prompt + new
+            assert list(cache.answer(prompt)) == list(sample.ChatCache(gpt, encoder, window).answer(prompt))
+        prompt = prompt[50:]  # the oldest turn is left out
+        assert list(cache.answer(prompt)) == list(sample.ChatCache(gpt, encoder, window).answer(prompt))
+        assert kept == expected
 
 
 def chat_with(words, **settings):
