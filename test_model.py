@@ -46,6 +46,7 @@ from functorch.compile import make_boxed_func
 from safetensors.torch import load_file, save_file
 from torch._dynamo.backends.common import aot_autograd
 
+import bench
 import config
 import model
 import prepare
@@ -2197,11 +2198,13 @@ def test_oldest_python():
         assert file.name.startswith('test_') or not newer.search(source), newer.search(source)
 
 
-def test_settings(monkeypatch):
-    def read(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
-        return config.read(ROOT / 'train.py', model=True)
+def read_settings(*arguments, script='train.py'):
+    with mock.patch.object(sys, 'argv', [script, *map(str, arguments)]):
+        return config.read(ROOT / script, model=script == 'train.py')
 
+
+def test_settings():
+    read = read_settings
     values, given = read('config/tinystories.py', '--batch_size=32', '--start=a=b', '--max_iters=1e3')
     assert values | dict(batch_size=32, block_size=512, start='a=b', max_iters=1000) == values
     assert given >= {'batch_size', 'block_size', 'hidden_size'} and 'grad_clip' not in given
@@ -2212,6 +2215,61 @@ def test_settings(monkeypatch):
     assert gpt.num_parameters(active=True) - 201088 * 2880 == pytest.approx(3.61e9, rel=1e-2)
     assert gpt.flops_per_token(1) == pytest.approx(6 * 3.61e9, rel=1e-2)
     assert gpt.requires_grad_(False).flops_per_token(1) == pytest.approx(4 * 3.61e9, rel=1e-2)
+
+
+def test_config_files(capsys):
+    """A config is run as Python reads it. What does not look like one is refused before a line of it runs."""
+    write('bom.py', b'\xef\xbb\xbfbatch_size = 7\r\n')
+    write('code.py', 'import math\n_n = 3\ndef twice(x):\n    y = 2 * x\n    return y\n'
+                     'block_size = sum(twice(i) for i in range(_n))\nexec(open("bom.py", "rb").read())')
+    assert read_settings('bom.py')[0]['batch_size'] == 7
+    values, given = read_settings('code.py')
+    assert (values['batch_size'], values['block_size'], given) == (7, 6, {'batch_size', 'block_size'})
+    assert read_settings('config/default.py')[1] == set()
+    run = 'open("ran", "w")\n'
+    files = {'rows.jsonl': run + 'seed = 1', 'seed': run + 'seed = 1', 'print.py': run, 'empty.py': '',
+             'names.py': run + 'seed = 1\nx = 2', 'syntax.py': run + 'seed = (', 'nul.py': run + '\0'}
+    for name, content in files.items():
+        write(name, content)
+        with pytest.raises(SystemExit):
+            read_settings(name)
+        line, = capsys.readouterr().err.splitlines()
+        assert name in line and ('--dataset=' in line or 'x: there is no such setting' in line), line
+    assert not Path('ran').exists()
+
+
+@pytest.mark.parametrize('script', ['train.py', 'prepare.py', 'sample.py', 'bench.py'])
+def test_home(script, monkeypatch, capsys):
+    """~ is the home in every setting but texts: in flags, config files, and the settings of a resumed run."""
+    monkeypatch.setenv('HOME', '/home/me')
+    monkeypatch.setenv('USERPROFILE', '/home/me')
+    kinds = {key: kind for key, (kind, *_) in config.declared(script).items()}
+    texts = {'start', 'system', 'text_column', 'wandb_project', 'wandb_run_name'}
+    for key in [key for key in kinds if kinds[key] in ('str', 'text')]:
+        write('home.py', f'{key} = "~/x"')
+        expected = '~/x' if key in texts else '/home/me/x'
+        assert read_settings(f'--{key}=~/x', script=script)[0][key] == expected
+        assert read_settings('home.py', script=script)[0][key] == expected
+        assert config.convert(f'state.json: {key}', '~/x', kinds[key]) == expected
+        if key not in texts:
+            assert read_settings(f'--{key}=./~', script=script)[0][key] == './~'
+            with pytest.raises(SystemExit):
+                read_settings(f'--{key}=~no one/x', script=script)
+    if 'start' in kinds:
+        for text, expected in (('FILE:~/x', 'FILE:/home/me/x'), ('~ once', '~ once'), ('a ~/x', 'a ~/x')):
+            assert read_settings(f'--start={text}', script=script)[0]['start'] == expected
+
+
+@pytest.mark.parametrize('encoding, expected', [('', 'Я €'), ('cp1252', '? €'), ('ascii', '? ?')])
+def test_pipes(encoding, expected):
+    """Pipes are UTF-8 in any locale. No text ends at a character that the chosen encoding lacks."""
+    environment = dict(PYTHONIOENCODING=encoding, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+    code = r'import config; print(input() or "\u042f \u20ac"); config.fail("\u042f")'
+    for text in ('', '' if encoding else 'Я €'):
+        done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, input=f'{text}\n'.encode(),
+                              env=os.environ | environment, capture_output=True)
+        assert done.stdout.decode(encoding or 'utf-8').strip() == expected
+        assert done.returncode == 2 and b'Traceback' not in done.stderr
 
 
 def test_help():
@@ -2235,6 +2293,24 @@ def test_bench():
     assert '512 | 128 | True' in run('bench.py', *flags, '--scale').out
 
 
+def test_bench_learning(fox, monkeypatch):
+    """--learn draws rows from the whole text, and its validation loss is that of all of val.bin."""
+    pytest.importorskip('transformers')
+    flags = [*SHAPE, '--block_size=16', '--batch_size=4', '--device=cpu', '--dtype=float32', '--max_iters=2']
+    flags += ['--learn', '--learning_rate=0', '--muon_lr=0', f'--data_dir={fox}/data']
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *flags])
+    ours, _, dense = [SimpleNamespace(**job, seed=0) for job in bench.list_jobs(bench.read_settings())]
+    tokens = read_data(fox / 'data')[2]
+    rows = bench.open_rows('train', ours)
+    assert len(rows) == len(tokens['train']) - 16 and np.array_equal(rows[-1], tokens['train'][-17:])
+    result = bench.measure_learning(ours)
+    count = (len(tokens['val']) - 1) // 16
+    x, y = [torch.from_numpy(tokens['val'][i:i + count * 16].astype(int)).view(-1, 16) for i in (0, 1)]
+    loss = bench.build_model(ours)[0].eval()(x, y)[1].item()
+    assert result['val loss'] == pytest.approx(loss, abs=1e-5)
+    assert bench.build_model(dense)[0].num_parameters() == pytest.approx(result['active parameters'], rel=0.1)
+
+
 # bad input: a script, its flags, and the decisive words of the line that refuses them
 USUAL = dict(
     train=[*SHAPE, *TUNE, '--data_dir=data', '--out_dir=new', '--max_iters=1'],
@@ -2244,6 +2320,7 @@ BAD_INPUT = dict(
     train=[
         ('--learning_rat=1', 'learning_rat', 'learning_rate'), ('--batch_size=abc', 'batch_size', 'abc'),
         ('config/tinystorys.py', 'tinystories.py'), ('typo.py', 'learning_rat'), ('crash.py', 'line 2'),
+        ('text.txt', 'ends in .py', '--dataset='), ('data', 'data', '--dataset=', '--data_dir='),
         ('--num_key_value_heads=3 --data_dir=data/builtin', '4', '3'), ('--layer_types=x,x', 'layer_types'),
         ('--batch_size=0 --data_dir=data/builtin', 'batch_size', '0'), ('--out_dir', '--out_dir='),
         ('--batch_size=1e17', 'batch_size', 'tokens'),
@@ -2259,6 +2336,7 @@ BAD_INPUT = dict(
         ('--data_dir=strange', 'strange/train.bin', '65535')],
     prepare=[
         ('--dataset=none.txt', 'none.txt'), ('--dataset=no*.jsonl', 'no*.j'), ('--tokenizer=gtp2', 'gpt2'),
+        ('text.txt', 'text.txt', '--dataset='),
         ('--val_fraction=1.5', '1.5'), ('--tokenizer=bpe --vocab_size=100', '100', '257')],
     sample=[
         ('--start=QUICK', "'C', 'I'"), ('--start=FILE:none.txt', 'none.txt'), ('--chat', '<|start|>'),
@@ -2272,6 +2350,7 @@ BAD_INPUT = dict(
         ('--export=short', 'short'), ('--init_from=untold', 'untold', 'tokenizer')],
     bench=[
         ('--parts=train,walk', 'walk'), ('--rounds=0', 'rounds', '0'), ('--scale --gpu=toaster', 'toaster'),
+        ('--compare --learn', '--compare', '--learn'),
         ('--learn --data_dir=data --block_size=16 --works=toast', 'toast')])
 
 
@@ -2293,7 +2372,7 @@ def playground(fox, tmp_path_factory):
     meta = json.loads(Path('negative/meta.json').read_text())
     write('negative/meta.json', json.dumps(meta | dict(block_size=-5)))
     write('typo.py', 'learning_rat = 1e-3')
-    write('crash.py', 'x = 1\n_y = x / 0')
+    write('crash.py', 'seed = 1\n_y = seed / 0')
     with FileLock(write('locked/.lock', '')):
         yield folder
 
