@@ -532,7 +532,7 @@ def test_cache(prompt, changes):
 
 @pytest.mark.parametrize('fast', [True, False])
 def test_prompt_that_goes_on(fast, monkeypatch):
-    """Tokens that follow those in the caches see what they would see in one prompt, more than a window too."""
+    """Tokens that follow those in the caches see what they would see in one prompt."""
     monkeypatch.setattr(model, 'FAST', fast)
     gpt = make().eval()
     idx = torch.randint(97, (2, 60))
@@ -843,7 +843,7 @@ def test_killed_while_saving(renamed, tmp_path, monkeypatch):
 
 
 def test_replaced_while_it_is_read(tmp_path, monkeypatch):
-    """from_pretrained reads a folder again that another one replaces meanwhile, or that is gone for a moment."""
+    """from_pretrained reads a folder again that is replaced meanwhile, or gone for a moment."""
     make().save_pretrained(tmp_path / 'a', shard_size=1000)
     for seed, gone in ((1, False), (2, True)):
         load_weights = model.load_weights
@@ -1695,7 +1695,8 @@ def test_sample(fox):
 
 def test_batches_of_samples(fox, monkeypatch):
     """Texts are drawn together, and each ends on its own: at a stop token, or before a stop string."""
-    flags = [f'--out_dir={fox}/out', '--device=cpu', '--dtype=float32', '--start=the quick', '--max_new_tokens=90']
+    flags = [f'--out_dir={fox}/out', '--device=cpu', '--dtype=float32', '--start=the quick']
+    flags.append('--max_new_tokens=90')
     names = run('sample.py', *flags).names
     encoder = names['load_encoder'](fox / 'out/best', 0)
     rows = [[] for _ in range(9)]
@@ -1798,6 +1799,23 @@ def test_losses_in_reports(flags):
     assert nine[2]['balance_loss'] != none[2]['balance_loss']
     for row, again in zip(nine, recomputed, strict=True):
         assert all(row[key] == pytest.approx(again[key], rel=1e-5) for key in row)
+
+
+def test_rates(fox, flags):
+    """A model that is loaded, and adapters, get lower rates than one from scratch, which a run keeps."""
+    rates = {}
+    for name, more in dict(scratch=SHAPE, whole=[f'--init_from={fox}/out/best'],
+                           adapters=[f'--init_from={fox}/out/best', '--lora_rank=2']).items():
+        said = run('train.py', *flags, *more, out_dir=name, max_iters=1).out
+        run('train.py', '--init_from=resume', out_dir=name, max_iters=2)
+        settings = read_state(f'{name}/last')['settings']
+        rates[name] = settings['learning_rate'], settings['muon_lr']
+        assert f'AdamW {rates[name][0]:g}' in said
+    assert rates == dict(scratch=(8e-3, 7e-3), whole=(8e-4, 7e-4), adapters=(1e-3, 7e-3))
+    run('train.py', *flags, '--init_from=whole/best', '--learning_rate=5e-3', max_iters=1)
+    assert read_state()['settings']['learning_rate'] == 5e-3
+    wide = run('train.py', *SHAPE, *flags, out_dir='x', max_iters=1).names['choose_rates'](2880, True)
+    assert wide['learning_rate'] == pytest.approx(2.1e-4, rel=0.01)
 
 
 def test_counted_tokens_and_float16(flags):
@@ -2002,8 +2020,7 @@ def test_chat_goes_on(monkeypatch):
         monkeypatch.setattr(sample, name, value)
     encoder = prepare.encoding('byte', {bytes([byte]): byte for byte in range(256)})
     gpt = make(vocab_size=257).eval()
-    # caches grow by powers of two. Those of a window begin anew once an answer has exceeded it
-    for window, expected in ((0, [0, 40, 43, 68, 0, 139, 0]), (150, [0, 40, 43, 68, 0, 0, 0])):
+    for window in (0, 150):
         cache = sample.ChatCache(gpt, encoder, window)
         find_kept = cache.find_kept
         cache.find_kept = lambda prompt: kept.append(find_kept(prompt)) or kept[-1]
@@ -2014,7 +2031,7 @@ def test_chat_goes_on(monkeypatch):
             assert list(cache.answer(prompt)) == list(sample.ChatCache(gpt, encoder, window).answer(prompt))
         prompt = prompt[50:]  # the oldest turn is left out
         assert list(cache.answer(prompt)) == list(sample.ChatCache(gpt, encoder, window).answer(prompt))
-        assert kept == expected
+        assert kept == [0, 40, 43, 68, 0, 139, 0]  # 0: in caches of twice the size, and where it begins anew
 
 
 def chat_with(words, **settings):

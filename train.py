@@ -74,7 +74,7 @@ head_dim = 32
 router_aux_loss_coef = 0.05
 # optimizers and schedule
 max_iters = 380  # optimizer steps in the whole run
-learning_rate = 8e-3  # peak rate of AdamW
+learning_rate = 8e-3  # peak rate of AdamW; of a model that is loaded by default less, see choose_rates
 muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
 min_lr = 0.0  # rate of AdamW at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
@@ -237,6 +237,15 @@ def check_out_dir():
           f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
 
 
+def choose_rates(width, adapters):
+    """Peak rates for a model that is loaded. Trials on a model of width 128 chose them. Wider models, whose
+    outputs are sums of more numbers, get lower ones."""
+    factor = min(1, 128 / width) ** 0.5
+    if adapters:
+        return dict(learning_rate=1e-3 * factor)
+    return dict(learning_rate=8e-4 * factor, muon_lr=7e-4 * factor)
+
+
 def decide():
     """(folder, state, all settings) of this run. What a file or a flag gave wins over what a resumed run or a
     loaded model dictates, and that over the defaults."""
@@ -261,7 +270,10 @@ def decide():
         check(all(given.get(key, value) == value for key, value in adapters.items()),
               f'{folder} has adapters of {adapters}; leave out --lora_rank and --lora_alpha')
         of_model = asdict(shape) | adapters
-    settings = asked | of_run | of_model | given  # later wins
+    rates = {}
+    if folder and not of_run:
+        rates = choose_rates(of_model['hidden_size'], of_model.get('lora_rank') or asked['lora_rank'])
+    settings = asked | rates | of_run | of_model | given  # later wins
     if settings['lora_rank'] and 'router_aux_loss_coef' not in given:  # frozen routers cannot be balanced
         settings['router_aux_loss_coef'] = of_run.get('router_aux_loss_coef', 0.0)
     return folder, state, settings
@@ -758,8 +770,10 @@ def handle_signals():
 
 parameters = model.num_parameters()
 active = model.num_parameters(active=True)
+peaks = learning_rate, muon_lr
+rates = ', '.join(f'{type(optimizer).__name__} {peak:g}' for optimizer, peak in zip(optimizers, peaks))
 say(f'{parameters:,} parameters, {active:,} of them active for a token; {sizes["train"]:,} training tokens; '
-    f'{world} x {device}, {dtype}{", compiled" if use_compile else ""}')
+    f'{world} x {device}, {dtype}{", compiled" if use_compile else ""}; peak rates: {rates}')
 if eval_only:
     with explain_torch(advice):
         report(evaluate())
@@ -779,7 +793,7 @@ with handle_signals(), explain_torch(advice):
     while state.step < max_iters and not stopping:
         began = time.perf_counter()
         rate = schedule(state.step)
-        for optimizer, peak in zip(optimizers, (learning_rate, muon_lr)):  # AdamW, and Muon where it is used
+        for optimizer, peak in zip(optimizers, peaks):  # AdamW, and Muon where it is used
             for group in optimizer.param_groups:
                 group['lr'] = peak * rate
 
