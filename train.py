@@ -881,6 +881,6 @@ elif rank == 0:
         command = [sys.executable, config.ROOT / 'sample.py', f'--out_dir={out_dir}', f'--device={device}',
                    f'--dtype={dtype}', f'--experts={experts}', f'--max_new_tokens={sample_tokens}',
                    '--chat' if chats else f'--start={start}']
-        subprocess.run(command, input=start, text=True)
+        subprocess.run(command, input=start, encoding='utf-8', env=os.environ | {'PYTHONIOENCODING': ''})
 if distributed:
     dist.destroy_process_group()
