@@ -652,8 +652,11 @@ def gather_experts(experts, x, chosen):
 
 
 def can_group(experts, rows):
-    """Whether F.grouped_mm is the fastest: on CUDA in bf16, on CPUs for few rows in fp32."""
-    if isinstance(experts, LoRAExperts) or isinstance(experts.gate_up_proj, MXFP4):
+    """Whether F.grouped_mm is the fastest: on CUDA in bf16, on CPUs for few rows in fp32. It takes widths,
+    and ranks of adapters, in multiples of 8."""
+    adapted = isinstance(experts, LoRAExperts)
+    rank = experts.lora['down_proj'].rank if adapted else 8
+    if isinstance(experts.gate_up_proj, MXFP4) or rank % 8 or adapted and not rows.is_cuda:
         return False
     _, I, D = experts.down_proj.shape
     few = len(rows) * 2 * I <= 2 ** 20 and not torch.compiler.is_compiling()  # it compiles bf16 alone
@@ -670,14 +673,20 @@ def group_experts(experts, rows, counts):
     member = ((ends - counts <= row) & (row < ends)).to(rows.dtype)  # (M, E): 1 where a row has this expert
     sm100 = rows.is_cuda and torch.cuda.get_device_properties(rows.device).major == 10
 
-    def linear(x, matrices, biases):
+    def multiply(x, matrices):
         if sm100:  # there gradients of experts without rows are garbage (pytorch/pytorch#172439)
             matrices = torch.where((counts > 0)[:, None, None], matrices, 0)
-        y = F.grouped_mm(x, matrices.to(x.dtype), offs=ends.to(torch.int32))
-        return torch.addmm(y, member, biases.to(x.dtype))  # biases[expert] would add its gradients by atomics
+        return F.grouped_mm(x, matrices.to(x.dtype), offs=ends.to(torch.int32))
 
-    h = linear(rows, experts.gate_up_proj, experts.gate_up_proj_bias)
-    return linear(swiglu(h, experts.limit), experts.down_proj, experts.down_proj_bias)
+    def linear(x, name):
+        biases = getattr(experts, name + '_bias').to(x.dtype)
+        y = torch.addmm(multiply(x, getattr(experts, name)), member, biases)  # biases[expert] needs atomics
+        if isinstance(experts, LoRAExperts):
+            a, b = experts.lora[name].matrices()
+            y = y + multiply(multiply(x, a), b) * experts.lora[name].scale
+        return y
+
+    return linear(swiglu(linear(rows, 'gate_up_proj'), experts.limit), 'down_proj')
 
 
 @torch._disable_dynamo  # numbers of rows are data. Its first call imports the compiler, in seconds
@@ -1363,7 +1372,14 @@ class LoRA(nn.Module):
         self.lora_B = Linear(experts * rank, rows, bias=False)
         nn.init.zeros_(self.lora_B.weight)
         self.count = experts
+        self.rank = rank
         self.scale = scale
+
+    def matrices(self):
+        """A (E, in, rank) and B (E, rank, out)."""
+        a = self.lora_A.weight.unflatten(0, (self.count, -1)).mT
+        b = self.lora_B.weight.unflatten(1, (-1, self.count)).permute(2, 1, 0)
+        return a, b.contiguous()
 
     def forward(self, x, e=0):
         a = self.lora_A.weight.unflatten(0, (self.count, -1))[e]
