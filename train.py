@@ -433,7 +433,10 @@ def make_batch(split, rows):
     largest = max(x.max(), y.max())
     V = model.config.vocab_size
     check(largest < V, f'{data / split}.bin holds the token id {largest}, but the model has vocab_size {V}')
-    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+    batch = torch.from_numpy(np.stack((x, y)))
+    if device_type == 'cuda':  # from pinned memory, so that nothing waits for the copy
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
 
 
 def draw_batch(number):
@@ -815,13 +818,14 @@ with handle_signals(), explain_torch(advice):
             scaler.scale(loss / len(batches)).backward()  # DDP and FSDP2 divide by the number of processes
             totals[:2] += torch.stack((loss.detach(), model.balance))
         totals[2] = stopped_by is not None  # one stopped process stops all
-        loss, balance, stopping = (add_up(totals) / gradient_accumulation_steps).tolist()
 
         # the step, unless a number is not finite. scaler.step would skip it in float16 only
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        norm = norm.full_tensor().item() if fsdp else norm.item()
+        norm = norm.full_tensor() if fsdp else norm
+        loss, balance, stopping = (add_up(totals) / gradient_accumulation_steps).tolist()
+        norm = norm.item()
         finite = math.isfinite(loss + norm)
         if finite:
             for optimizer in optimizers:
