@@ -810,6 +810,7 @@ VALUES = dict(
     str=['', 'x', 'resume', '/dev/null', 'None', 'a=b', '\0', 'ä' * 300, '..', 'byte', 'bpe', 'builtin',
          'mxfp4', 'checkpoint', 'checkpoint-packed', 'checkpoint-adapter', 'cosine', 'bfloat16',
          'FILE:text.txt', 'train'])
+VALUES['text'] = VALUES['str']
 SLOW = {'device', 'learn', 'compare', 'profile', 'compile'}
 
 
