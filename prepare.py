@@ -142,7 +142,8 @@ def reading(name, hint=''):
 def open_sources():
     """The sources of train and, where the dataset has a validation split, of val."""
     if dataset == 'builtin':
-        return {'train': [(dataset, read_stories)]}
+        read = lambda: ((story, True) for story, _ in builtin_stories(megabytes, seed))
+        return {'train': [(dataset, read)]}
     files = find_files()
     if files:
         return {'train': [(file, partial(read_file, file)) for file in files]}
@@ -177,23 +178,19 @@ def read_pieces(sources, chats=None):
     """The pieces of the first max_docs documents of each split. All must be chats (True) or texts (False)."""
     for split, source in sources.items():
         left = max_docs or math.inf
-        for name, read in source:
+        for document, ends in itertools.chain.from_iterable(read_source(*one) for one in source):
+            same = chats in (None, isinstance(document, Chat))
+            check(same, f'{dataset} holds texts and chats; prepare them one at a time')
+            yield split, document, ends
+            left -= ends
             if left == 0:
                 break
-            with reading(name):
-                for document, ends in read():
-                    check(chats in (None, isinstance(document, Chat)),
-                          f'{dataset} holds texts and chats; prepare them one at a time')
-                    yield split, document, ends
-                    left -= ends
-                    if left == 0:
-                        break
 
 
-def read_stories():
-    """Yield the documents of the built-in corpus."""
-    for story, _ in builtin_stories(megabytes, seed):
-        yield story, True
+def read_source(name, read):
+    """Yield the parts of a source's documents. Raises BadInput, which names the source."""
+    with reading(name):
+        yield from read()
 
 
 def read_hub(split):
@@ -281,13 +278,11 @@ def csv_rows(lines):
 
 def arrow_rows(batches):
     """Yield the rows of Arrow's batches, without the nulls that it adds to the objects of a chat."""
-    def drop_nulls(fields):
-        return {key: value for key, value in fields.items() if value is not None}
-
     rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
     for number, row in enumerate(rows, 1):
         if any(isinstance(value, list) for value in row.values()):
-            row = json.loads(json.dumps(row), object_hook=drop_nulls)
+            row = json.loads(json.dumps(row), object_hook=lambda fields: {
+                key: value for key, value in fields.items() if value is not None})
         yield f'row {number}', row
 
 
@@ -356,37 +351,32 @@ SEAM = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S)(?= )')  # no token of any tokenize
 def text_file(blocks):
     """Yield the parts of a text file, given blocks of whole lines. <|endoftext|> divides its documents."""
     text = ''  # of this document, not yet yielded
-    searched = PIECE  # no seam of it is before this position
+    enough = 2 * PIECE  # characters from which on it is cut
     begun = False  # whether a part of this document was yielded
     divided = False  # whether the text has an <|endoftext|>
-    for block in blocks:
-        *ended, rest = DIVIDER.split(block.replace('\r\n', '\n').replace('\r', '\n'))
+    for block in itertools.chain(blocks, [None]):
+        last = block is None
+        block = END if last else block.replace('\r\n', '\n').replace('\r', '\n')
+        *ended, rest = DIVIDER.split(block)
         for ending in ended:
             text += ending
-            text = text.rstrip('\n') if begun else text.strip('\n')
+            divided = divided or not last
+            if divided:
+                text = text.rstrip('\n') if begun else text.strip('\n')
             if text or begun:
                 yield text, True
             text = ''
-            searched = PIECE
+            enough = 2 * PIECE
             begun = False
-            divided = True
         text += rest
-        start = 0
-        while len(text) - start > 2 * PIECE:
-            seam = SEAM.search(text, searched)
-            if not seam:
-                searched = len(text)
-                break
-            yield text[start:seam.start()], False
-            start = seam.start()
-            searched = start + PIECE
-            begun = True
-        text = text[start:]
-        searched -= start
-    if divided:
-        text = text.rstrip('\n') if begun else text.strip('\n')
-    if text or begun:
-        yield text, True
+        if len(text) > enough:
+            start = 0
+            while seam := SEAM.search(text, start + PIECE, len(text) - PIECE):
+                yield text[start:seam.start()], False
+                start = seam.start()
+                begun = True
+            text = text[start:]
+            enough = 2 * max(PIECE, len(text))  # longer where no seam was found
 
 
 # --- chats, which config/chat_template.jinja writes in the harmony format of gpt-oss ------------------------
@@ -623,50 +613,39 @@ def divide(sources, chats):
         position += size
 
 
-def make_batches(pieces):
-    """Lists of pieces with PIECE characters or more; the last one may have fewer."""
-    batch = []
-    size = 0
-    for split, document, ends in pieces:
-        batch.append((split, document, ends))
-        size += len(str(document))
-        if size >= PIECE:
-            yield batch
-            batch = []
-            size = 0
-    yield batch
-
-
-def encode_texts(batch, encoder, dtype):
-    """[(split, ends, tokens, no mask, bytes, special tokens that were read as letters)] of pieces of text."""
+def encode_batch(batch, encoder, dtype):
+    """[(split, ends, tokens, mask, bytes that are learnt, special tokens read as letters)] of pieces."""
     encode = encode_prompt if special_tokens else encode_text
     known = encoder.special_tokens_set if special_tokens else ()
     encoded = []
-    for split, text, ends in batch:
-        tokens = encode(encoder, text)
-        if ends:
-            tokens.append(encoder.eot_token)
-        spelled = sum(token[0] not in known for token in SPECIAL.finditer(text))
-        encoded.append((split, ends, np.array(tokens, dtype), b'', len(text.encode()), spelled))
+    for split, document, ends in batch:
+        mask = []  # a text is learnt whole
+        spelled = 0
+        if isinstance(document, Chat):
+            tokens, mask = encode_turn(encoder, ''.join(turn + END for turn in document.turns))
+            size = len(encoder.decode_bytes(list(itertools.compress(tokens, mask))))
+        else:
+            tokens = encode(encoder, document) + [encoder.eot_token] * ends
+            size = len(document.encode())
+            spelled = sum(token[0] not in known for token in SPECIAL.finditer(document))
+        encoded.append((split, ends, np.array(tokens, dtype), bytes(mask), size, spelled))
     return encoded
 
 
-def encode_chats(batch, encoder, dtype):
-    """The same of chats: [(split, True, tokens, mask, bytes of what is learnt, 0)]."""
-    encoded = []
-    for split, chat, ends in batch:
-        tokens, mask = encode_turn(encoder, ''.join(turn + END for turn in chat.turns))
-        size = len(encoder.decode_bytes(list(itertools.compress(tokens, mask))))
-        encoded.append((split, ends, np.array(tokens, dtype), bytes(mask), size, 0))
-    return encoded
+def encode_pieces(pieces, encoder, dtype):
+    """Yield what encode_batch returns of pieces, from threads. Few pieces are in memory at once."""
+    position = 0
 
+    def number_batch(piece):
+        nonlocal position
+        position += len(str(piece[1]))
+        return position // PIECE
 
-def encode_batches(encode, batches):
-    """Yield what `encode` returns, from threads that take a batch each. Few batches are in memory at once."""
+    batches = (list(batch) for _, batch in itertools.groupby(pieces, number_batch))
     threads = num_proc or os.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
         while group := list(itertools.islice(batches, 4 * threads)):
-            for encoded in pool.map(encode, group):
+            for encoded in pool.map(partial(encode_batch, encoder=encoder, dtype=dtype), group):
                 yield from encoded
 
 
@@ -709,11 +688,10 @@ def write_bins(folder, pieces, encoder, meta):
     """Write the tokens of each split, and for chats the masks. Count in meta what is written."""
     chats = 'val_targets' in meta
     names = ['train', 'val', 'train_mask', 'val_mask'] if chats else ['train', 'val']
-    encode = partial(encode_chats if chats else encode_texts, encoder=encoder, dtype=meta['dtype'])
     with ExitStack() as stack:
         bins = {name: stack.enter_context(open(folder / f'{name}.bin', 'wb')) for name in names}
         # closed in this thread, even where writing fails, because it waits for its own threads
-        encoded = stack.enter_context(closing(encode_batches(encode, make_batches(pieces))))
+        encoded = stack.enter_context(closing(encode_pieces(pieces, encoder, meta['dtype'])))
         for split, ends, tokens, mask, size, spelled in tqdm(encoded, 'tokenising', leave=False):
             bins[split].write(tokens)
             meta[f'{split}_tokens'] += len(tokens)
@@ -738,19 +716,6 @@ def choose_folder():
             before = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['dataset']
         check(before == dataset, f'{folder} holds data of {before}; give --data_dir another folder')
     return folder
-
-
-def report_lengths(folder, meta):
-    """Print how many tokens the turns of chats have."""
-    bins = [np.fromfile(folder / f'{split}.bin', meta['dtype']) for split in ('train', 'val')]
-    ends = np.flatnonzero(np.concatenate(bins) == meta['eot_token'])
-    lengths = np.diff(ends, prepend=-1) - 1
-    message = (f'{len(lengths):,} answers, each with the chat before it: '
-               f'median {np.median(lengths):,.0f} tokens, longest {lengths.max():,}')
-    for size in (256, 512, 1024, 2048, 4096, 8192, 16384):
-        if size < lengths.max():
-            message += f', {(lengths > size).sum():,} over {size:,}'
-    print(message)
 
 
 def main():
@@ -778,8 +743,6 @@ def main():
         if special_tokens:
             hint = f'{encoder.name} does not have them'
         print(f'{spelled:,} spellings of special tokens, such as {END}, were read as letters; {hint}')
-    if chats:
-        report_lengths(folder, meta)
     print(f'{folder}: {meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} validation tokens')
 
 
