@@ -4,7 +4,7 @@ Turn text into train.bin, val.bin and meta.json: token ids of documents, each wi
     python prepare.py                                                # TinyStories from the Hugging Face hub
     python prepare.py --dataset='my/texts/*.txt' --tokenizer=gpt2    # local .txt .jsonl .json .csv .parquet
     python prepare.py --dataset=builtin --tokenizer=bpe              # generated stories, needs no network
-    python prepare.py --dataset=chats.jsonl                          # rows of messages, to train on chats
+    python prepare.py --dataset=chats.jsonl                          # messages, or questions and answers
 
 Chats are written in the harmony format of gpt-oss. train_mask.bin and val_mask.bin mark the answers' tokens.
 """
@@ -20,10 +20,10 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import tempfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache, cached_property, partial
@@ -35,12 +35,16 @@ import numpy as np
 import tiktoken
 from tqdm.auto import tqdm
 
+from config._stories import builtin_stories
+
 # -----------------------------------------------------------------------------
 # the corpus
 dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .json[l] .csv .parquet file, glob, URL; builtin
-text_column = ''  # column of the text; empty: messages, conversations, instruction and output, or text
+val_dataset = ''  # the same for validation; empty: files or a split named validation, val or dev, if any
+text_column = ''  # column of the text; empty: messages, conversations, a question and its answer, or text
+skip_bad_rows = False  # leave out rows that cannot be read, and count them
 max_docs = 0  # read at most this many documents of each split; 0 reads all
-val_fraction = 0.1  # for validation: the last of the documents, or of the text where there are fewer than 10
+val_fraction = 0.1  # else: the last of the documents, or of the text where there are fewer than 10
 megabytes = 8.0  # size of the built-in corpus
 seed = 1337  # of the built-in corpus
 # the tokens
@@ -52,78 +56,12 @@ num_proc = 0  # threads that tokenise; 0: one per core
 # -----------------------------------------------------------------------------
 
 
-# --- built-in corpus: stories from a small grammar, whose entropy is known ----------------------------------
-GIRLS = 'Lily Mia Anna Zoe Rose Ella Nora Ruby Clara Alma'.split()
-BOYS = 'Tom Ben Max Sam Leo Finn Jack Hugo Oscar Theo'.split()
-CHILDREN = [dict(child=name, kind='girl', he='She', his='her') for name in GIRLS]
-CHILDREN += [dict(child=name, kind='boy', he='He', his='his') for name in BOYS]
-FRIENDS = 'Pip Momo Bella Coco Dot Fuzzy Gus Hazel Jojo Kiki Luna Nutmeg Olive Poppy Rusty Tilly'.split()
-ANIMALS = 'rabbit fox duck bear mouse frog turtle squirrel hedgehog cat puppy goat'.split()
-THINGS = 'ball kite hat drum boat lantern blanket bell cup basket ring book whistle scarf'.split()
-PLACES = 'river forest hill meadow mill lake orchard beach market bridge'.split()
-WORDS = dict(  # drawn anew for each line
-    trait='little kind brave shy clever cheerful quiet funny', sky='sunny windy cloudy foggy warm cold',
-    food='bread soup cake cheese honey nuts berries plums', when='morning afternoon evening',
-    spot='stone tree wall log bush bench', strong='strong sudden warm', count='two three four five',
-    part='knee hand foot nose', size='big small round tall', stuff='sand sticks snow mud',
-    feeling='sad tired angry bored')
-WORDS = {slot: words.split() for slot, words in WORDS.items()}
-EVENTS = [  # what can happen to the child, the pal and the thing; `tell` fills the {}
-    '{pal} was hungry, so {child} put down the {thing} and gave {pal} some {food}.',
-    'Suddenly it began to rain. {child} hid the {thing} under a {spot}, and {pal} sang about the {thing}.',
-    'A {strong} wind took the {thing} over the {place}. '
-    '{pal} jumped {count} times and caught the {thing} for {child}.',
-    '{child} fell and hurt {his} {part}. '
-    '{pal} put some {food} on the {part} and told a joke about the {thing}.',
-    'They built a {size} castle of {stuff} for the {thing}. "I like to play with {stuff}," said {pal}.',
-    'They raced to the {place} and back. {winner} won the {thing}, and {pal} laughed.',
-    '{child} lost the {thing} near a {spot}. '
-    '{pal} looked for it for {count} hours, and the {thing} was found.',
-    '{pal} was {feeling}. "Take my {thing}," said {child}, and soon {pal} was happy.']
-
-
-def tell(pick):
-    """One story. pick(options) makes each choice. The text shows all, so its probability is their product."""
-    child = pick(CHILDREN)
-    friend = pick(FRIENDS)
-    kept = child | dict(pal=f'{friend} the {pick(ANIMALS)}', thing=pick(THINGS), place=pick(PLACES))
-    drawn = WORDS | dict(winner=[child['child'], friend])
-
-    def say(line):
-        words = {slot: pick(options) for slot, options in drawn.items() if '{' + slot + '}' in line}
-        return line.format(**kept, **words)
-
-    events = [say(pick(EVENTS)) for _ in range(pick([3, 4, 5]))]
-    opening = say('Once upon a time there was a {trait} {kind} named {child}. '
-                  '{he} had a friend, {pal}, and a {thing}.')
-    outing = say('One {sky} {when}, {child} and {pal} took the {thing} to the {place}.')
-    ending = say('Then {child} and {pal} walked home from the {place} with the {thing}. '
-                 'The {thing} had been to the {place}, and {child} and {pal} were happy.')
-    return '\n\n'.join((opening, ' '.join((outing, *events)), ending))
-
-
-def builtin_stories(megabytes, seed):
-    """Yield (story, -ln of its probability) until the stories have this many megabytes."""
-    rng = random.Random(seed)
-    size = 0
-    while size < megabytes * 1e6:
-        nats = 0.0
-
-        def pick(options):
-            nonlocal nats
-            nats += math.log(len(options))
-            return rng.choice(options)
-
-        story = tell(pick)
-        size += len(story)
-        yield story, nats
-
-
 # --- sources: {split: [(name, function that yields parts of documents)]} ------------------------------------
 # A document is a text or a Chat. Its parts are (text or Chat, whether it ends); a piece is (split, *part).
 SUFFIXES = '.txt', '.jsonl', '.json', '.csv', '.parquet'
-OFFLINE = ('; offline: --dataset=builtin or a .txt file, --tokenizer=byte, char or bpe, '
-           'or set TIKTOKEN_CACHE_DIR')
+OFFLINE = '; offline: --dataset=builtin or FILE.txt, --tokenizer=byte, char or bpe, or set TIKTOKEN_CACHE_DIR'
+SPLITS = dict(train='train', validation='val', valid='val', val='val', dev='val', test='test')
+SPLIT = re.compile(rf'({"|".join(SPLITS)})(?=[-_.*?[\d]|$)', re.IGNORECASE)  # train-0.csv, not training.csv
 
 
 class BadInput(ValueError):
@@ -136,84 +74,124 @@ def reading(name, hint=''):
     try:
         yield
     except Exception as error:  # datasets and the readers below it raise dozens of types
-        raise BadInput(f'{name} cannot be read ({type(error).__name__}: {str(error)[:400]}){hint}') from error
+        raise BadInput(f'{name} cannot be read ({type(error).__name__}: {error!s:.400}){hint}') from error
+
+
+def require(good, message):
+    """Raise a ValueError with this message unless `good` is true."""
+    if not good:
+        raise ValueError(message)
 
 
 def open_sources():
-    """The sources of train and, where the dataset has a validation split, of val."""
-    if dataset == 'builtin':
-        return {'train': [(dataset, read_stories)]}
-    files = find_files()
-    if files:
-        return {'train': [(file, partial(read_file, file)) for file in files]}
-    import datasets  # slow to import
-    name, _, subset = dataset.partition(':')
-    with reading(f'{dataset} (no such file, so a Hugging Face dataset)', OFFLINE):
-        splits = datasets.load_dataset(name, subset or None, streaming=max_docs > 0)
-    check('train' in splits, f'{dataset} has no split named train; it has {", ".join(splits)}')
-    sources = {'train': [(f'{dataset}, split train', partial(read_hub, splits['train']))]}
-    if 'validation' in splits:
-        sources['val'] = [(f'{dataset}, split validation', partial(read_hub, splits['validation']))]
-    return sources
+    """The sources of train and, where there are any, of val. Prints what is left out."""
+    held_out = [source for _, source in list_sources(val_dataset)] if val_dataset else []
+    hidden = {os.path.realpath(name) for name, _ in held_out}
+    sources = {}
+    for split, source in list_sources(dataset):
+        if os.path.realpath(source[0]) not in hidden:
+            sources.setdefault(split, []).append(source)
+    rest = ', '.join(sources) or 'only files of val_dataset'
+    check('train' in sources, f'{dataset} has no split named train, but {rest:.200}; name one: test*.txt')
+    used = dict(train=sources['train'], val=held_out or sources.get('val', []))
+    for split, others in sources.items():
+        if others not in used.values():
+            print(f'{dataset}: {split} is left out ({others[0][0]}{", ..." if others[1:] else ""})')
+    return {split: others for split, others in used.items() if others}
 
 
-def find_files():
-    """The files that `dataset` names: one, a URL, the matches of a pattern, or none."""
-    check(not os.path.isdir(dataset), f'{dataset}: a folder; name its files: {Path(dataset, "*.txt")}')
-    if '://' in dataset or os.path.isfile(dataset):
-        files = [dataset]
-    else:  # leading folders that exist are names, even with brackets in them
-        folder = next((parent for parent in Path(dataset).parents if parent.exists()), Path())
-        pattern = os.path.join(glob.escape(str(folder)), Path(dataset).relative_to(folder))
-        files = sorted(filter(os.path.isfile, set(glob.glob(pattern, recursive=True))))
-    for file in files:
-        check(Path(file).suffix in SUFFIXES, f'{file}: its suffix must be one of {" ".join(SUFFIXES)}')
-    a_file = glob.has_magic(dataset) or Path(dataset).suffix in SUFFIXES or os.path.exists(dataset)
-    check(files or not a_file, f'{dataset}: no such file')
+def list_sources(name):
+    """Yield (split, (name, function that yields parts of documents)) of all that a dataset holds."""
+    files = find_files(name)
+    for file, split in files.items():
+        yield split, (file, partial(read_file, file))
+    if name == 'builtin':
+        yield 'train', (name, lambda: ((story, True) for story, _ in builtin_stories(megabytes, seed)))
+    elif not files:
+        import datasets  # slow to import
+        with reading(f'{name} (no text file, so a Hugging Face dataset)', OFFLINE):
+            if os.path.isdir(name):  # written by save_to_disk
+                found = datasets.load_from_disk(name)
+            else:
+                path, _, subset = name.partition(':')
+                found = datasets.load_dataset(path, subset or None, streaming=max_docs > 0)
+        for split, rows in found.items() if isinstance(found, dict) else [('', found)]:
+            yield SPLITS.get(split or 'train', split), (os.path.join(name, split), partial(read_hub, rows))
+
+
+def find_files(name):
+    """{file: split} of a file, a URL or a pattern. Empty for other datasets, and folders of save_to_disk."""
+    if name == 'builtin' or any(Path(name, file).exists() for file in ('state.json', 'dataset_dict.json')):
+        return {}
+    check(not os.path.isdir(name), f'{name}: a folder; name its files, as in {Path(name, "*.txt")}')
+    # Leading folders that exist are names, even with brackets in them.
+    folder = next((parent for parent in Path(name).parents if parent.exists()), Path())
+    pattern = Path(name).relative_to(folder)
+    found = glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True)
+    alone = '://' in name or os.path.isfile(name)
+    chosen = alone or any(map(SPLIT.match, pattern.parts))  # a split that the user names is what to read
+    files = {}
+    for file in [name] if alone else sorted(filter(os.path.isfile, found)):
+        check(find_path(file).suffix in SUFFIXES, f'{file}: its suffix must be one of {" ".join(SUFFIXES)}')
+        words = [] if chosen else filter(None, map(SPLIT.match, Path(file).relative_to(folder).parts))
+        files[file] = next((SPLITS[word[1].lower()] for word in words), 'train')
+    is_hub = not glob.has_magic(name) and find_path(name).suffix not in SUFFIXES
+    check(files or is_hub, f'{name}: no such file')
     return files
+
+
+def find_path(name):
+    """The Path of a file, or that in a URL, without its query."""
+    return Path(re.split('[?#]', name.partition('://')[2])[0] if '://' in name else name)
 
 
 def read_pieces(sources, chats=None):
     """The pieces of the first max_docs documents of each split. All must be chats (True) or texts (False)."""
+    skipped.clear()
     for split, source in sources.items():
         left = max_docs or math.inf
-        for name, read in source:
+        for document, ends in itertools.chain.from_iterable(itertools.starmap(read_source, source)):
+            same = chats in (None, isinstance(document, Chat))
+            check(same, f'{dataset} holds texts and chats; prepare them one at a time')
+            yield split, document, ends
+            left -= ends
             if left == 0:
                 break
-            with reading(name):
-                for document, ends in read():
-                    check(chats in (None, isinstance(document, Chat)),
-                          f'{dataset} holds texts and chats; prepare them one at a time')
-                    yield split, document, ends
-                    left -= ends
-                    if left == 0:
-                        break
 
 
-def read_stories():
-    """Yield the documents of the built-in corpus."""
-    for story, _ in builtin_stories(megabytes, seed):
-        yield story, True
+def read_source(name, read):
+    """Yield the parts of a source's documents. Raises BadInput, which names the source, or skips bad rows."""
+    kinds = set()
+    with reading(name):
+        for document, ends in read():
+            kinds.add(type(document))
+            if not isinstance(document, Exception):
+                yield document, ends
+            elif skip_bad_rows:
+                skipped.append(f'{name}, {ascii(str(document))[1:-1]:.200}' if len(skipped) < 3 else '')
+            else:
+                raise document
+        if kinds == {LookupError}:  # no row has the columns
+            raise document
 
 
 def read_hub(split):
     """Yield the documents of a split of a hub's dataset."""
-    columns = columns_in_use(split.column_names or next(iter(split), {}))
+    columns = read_columns(split.column_names or next(iter(split), {}))
     batches = split.select_columns(columns).with_format('arrow').iter(batch_size=1000)
     yield from read_documents(arrow_rows(batches))
 
 
 def read_file(file):
     """Yield the parts of a local file or URL. A URL is first copied to a temporary folder."""
-    suffix = Path(file).suffix
-    remote = '://' in file and not os.path.isfile(file)
-    with fsspec.open(f'simplecache::{file}') if remote else open(file, 'rb') as stream:
+    suffix = find_path(file).suffix
+    with fsspec.open(f'simplecache::{file}') if '://' in file else open(file, 'rb') as stream:
         if suffix == '.txt':
             yield from text_file(read_blocks(stream))
         elif suffix == '.parquet':
             from pyarrow import parquet
             table = parquet.ParquetFile(stream)
-            batches = table.iter_batches(100, columns=columns_in_use(table.schema_arrow.names))
+            batches = table.iter_batches(100, columns=read_columns(table.schema_arrow.names))
             yield from read_documents(arrow_rows(batches))
         else:
             blocks = (io.StringIO(block, newline='') for block in read_blocks(stream))
@@ -227,9 +205,8 @@ def read_blocks(stream):
     while block := stream.read(PIECE) + stream.readline():
         start = block[:1000] if number == 1 else b''
         controls = sum(byte < 7 or 13 < byte < 27 for byte in start)  # every second byte of UTF-16
-        if start[:2] in (b'\xff\xfe', b'\xfe\xff') or controls > 2 + len(start) / 3:
-            raise ValueError('it is in UTF-16, not UTF-8; convert it: '
-                             'iconv -f utf-16 -t utf-8 FILE > NEW_FILE')
+        wide = start[:2] in (b'\xff\xfe', b'\xfe\xff') or controls > 2 + len(start) / 3
+        require(not wide, 'it is in UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8 FILE > NEW_FILE')
         try:
             yield block.decode('utf-8-sig' if number == 1 else 'utf-8')
         except UnicodeDecodeError as error:
@@ -239,28 +216,32 @@ def read_blocks(stream):
 
 
 # --- rows of JSON, CSV and Arrow, as (where, row) -----------------------------------------------------------
-BESIDE_A_CHAT = 'tools', 'system', 'history', 'functions', 'system_prompt'  # all but the first are refused
+QUESTIONS = 'instruction', 'prompt', 'question'
+ANSWERS = 'output', 'completion', 'answer', 'response'
+CHOICES = [('messages',), ('conversations',), *itertools.product(QUESTIONS, ANSWERS), ('text',)]
+CONTEXTS = 'input', 'context'  # follow a question
+OPTIONS = 'tools builtin_tools reasoning_effort model_identity chat_template_kwargs'.split()
+UNREAD = '''system system_prompt system_message developer developer_message instructions history functions
+    documents choices options thinking enable_thinking response_format knowledge_cutoff current_date
+    conversation_start_date chat_template image images audio audios video videos'''.split()  # change a prompt
+skipped = []  # what is wrong with each bad row that was left out; '' from the fourth on
 
 
 def json_rows(lines):
     """Yield the rows of JSON: an object a line, or one array or object of many lines."""
     numbered = enumerate(lines, 1)
-    first = True
-    for number, line in numbered:
-        if line.isspace():
-            continue
-        whole = first and (line.lstrip().startswith('[') or line.strip() == '{')
-        first = False
-        if whole:
-            line += ''.join(line for _, line in numbered)
+    number, line = next((one for one in numbered if not one[1].isspace()), (1, ''))
+    if line.lstrip().startswith('[') or line.strip() == '{':
+        value = json.loads('\n' * (number - 1) + line + ''.join(line for _, line in numbered))
+        for i, row in enumerate(value if isinstance(value, list) else [value], 1):
+            yield f'row {i}', row
+        return
+    for number, line in itertools.chain([(number, line)], numbered):
         try:
-            value = json.loads(line.rstrip())
+            if line.strip():
+                yield f'line {number}', json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
-            number += getattr(error, 'lineno', 1) - 1
-            raise ValueError(f'line {number}: {getattr(error, "msg", error)}') from error
-        rows = value if whole and isinstance(value, list) else [value]
-        for i, row in enumerate(rows, 1):
-            yield f'row {i}' if whole else f'line {number}', row
+            yield f'line {number}', ValueError(getattr(error, 'msg', error))
 
 
 def csv_rows(lines):
@@ -269,11 +250,10 @@ def csv_rows(lines):
     rows = csv.DictReader(lines, strict=True)
     try:
         names = rows.fieldnames or []
-        if len(set(names)) < len(names):
-            raise ValueError(f'its header names a column twice: {", ".join(names)}')
+        require(len(set(names)) == len(names), f'its header names a column twice: {", ".join(names):.200}')
         for row in rows:
             if None in row:
-                raise ValueError(f'line {rows.line_num}: it has more cells than the header')
+                row = ValueError('it has more cells than the header')
             yield f'line {rows.line_num}', row
     except csv.Error as error:
         raise ValueError(f'the row that begins in line {rows.line_num + 1}: {error}') from error
@@ -281,70 +261,107 @@ def csv_rows(lines):
 
 def arrow_rows(batches):
     """Yield the rows of Arrow's batches, without the nulls that it adds to the objects of a chat."""
-    def drop_nulls(fields):
-        return {key: value for key, value in fields.items() if value is not None}
-
     rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
     for number, row in enumerate(rows, 1):
         if any(isinstance(value, list) for value in row.values()):
-            row = json.loads(json.dumps(row), object_hook=drop_nulls)
+            row = json.loads(json.dumps(row), object_hook=lambda fields: {
+                key: value for key, value in fields.items() if value is not None})
         yield f'row {number}', row
 
 
-def columns_in_use(names):
-    """The columns that hold the text or the chat, and those that belong to a chat. No others are read."""
-    choices = [['messages'], ['conversations'], ['instruction', 'output'], ['text']]
-    for columns in [[text_column]] if text_column else choices:
-        if set(columns) <= set(names):
-            beside = [name for name in ('input', *BESIDE_A_CHAT) if name in names]
-            return columns if columns == ['text'] else columns + beside
-    wanted = text_column or 'messages or text'
-    raise ValueError(f'no column {wanted} among {", ".join(names)}; set --text_column')
+def find_columns(names):
+    """The column of a text or a chat, or the two of a question and its answer. Raises LookupError."""
+    known = set(names)
+    choices = [(text_column,)] if text_column else CHOICES
+    found = [columns for columns in choices if known.issuperset(columns)]
+    if not found:
+        wanted = text_column or 'messages, text, or prompt and completion'
+        raise LookupError(f'no column {wanted} among {", ".join(names):.200}; set --text_column')
+    if len(found) > 1 and len(found[0]) == len(found[1]) == 2:
+        raise LookupError(f'{" and ".join(found[0])}, or {" and ".join(found[1])}? Remove a column of one')
+    return found[0]
+
+
+def read_columns(names):
+    """The columns that a document may need. No others are read."""
+    columns = find_columns(names)
+    beside = () if columns == ('text',) else {*CONTEXTS, *OPTIONS, *UNREAD}.difference(columns)
+    return [*columns, *(name for name in names if name in beside)]
 
 
 def read_documents(rows):
-    """Yield the documents of rows, each in one part. Empty ones are skipped."""
+    """Yield the document of each row, in one part, or an error. Empty ones are left out."""
     for where, row in rows:
         try:
             document = read_row(row)
-            text = str(document)
-            text.encode()  # raises for half of a surrogate pair
-        except (ValueError, TypeError) as error:
-            raise ValueError(f'{where}: {error}') from error
-        if text:
+            str(document).encode()  # raises for half of a surrogate pair
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            kind = LookupError if type(error) is LookupError else ValueError
+            document = kind(f'{where}: {error}')
+        if str(document):
             yield document, True
 
 
 def read_row(row):
-    """The text or the Chat of a row."""
-    if not isinstance(row, dict):
-        raise ValueError(f'it is no object with columns: {row!r:.40}')
-    column = columns_in_use(row)[0]
-    value = row[column]
-    if column == 'instruction' and not text_column:  # alpaca
-        question = '\n\n'.join(filter(None, (row['instruction'], row.get('input'))))
-        value = [dict(role='user', content=question), dict(role='assistant', content=row['output'])]
-    if isinstance(value, list):
-        return read_chat(row, value)
-    of_chats = column in ('messages', 'conversations') and not text_column
-    if of_chats or not isinstance(value, str):
-        raise ValueError(f'{value!r:.40} in the column {column!r} is no text; '
-                         f'the columns are {", ".join(row)}')
-    return value
+    """The text or the Chat of a row. Raises ValueError."""
+    if isinstance(row, ValueError):
+        raise row
+    require(isinstance(row, dict), f'it is no object with columns: {type(row).__name__}')
+    columns = find_columns(row)
+    chats = columns[0] in ('messages', 'conversations') and not text_column
+    for name in columns:
+        kind = type(row[name]).__name__
+        fits = isinstance(row[name], list if chats else (str, list))
+        require(fits, f'the column {name} must not hold {kind}; columns: {", ".join(row):.200}')
+    prompt, *completion = [row[name] for name in columns]
+    if not completion:
+        return read_chat(row, prompt) if isinstance(prompt, list) else prompt
+    for name in CONTEXTS:
+        context = row.get(name)
+        if isinstance(prompt, str) and isinstance(context, str):
+            prompt = '\n\n'.join(filter(None, (prompt, context)))
+        elif context not in EMPTY:
+            raise ValueError(f'the column {name} would be lost; it and {columns[0]} must be texts')
+    if isinstance(prompt, str):
+        prompt = [dict(role='user', content=prompt)]
+    if isinstance(completion[0], str):
+        completion = [[dict(role='assistant', content=completion[0])]]
+    return read_chat(row, prompt + completion[0], len(prompt))
 
 
-def read_chat(row, messages):
-    """The Chat of a row, which must have an answer. Nothing in the row may be lost."""
-    for name in BESIDE_A_CHAT[1:]:
-        if row.get(name) not in EMPTY:
-            raise ValueError(f'the column {name} would be lost; move it into the messages, or into tools')
-    chat = Chat(messages, row.get('tools'))
-    if not chat.turns and all(message['role'] != 'assistant' for message in chat.messages):
-        raise ValueError('the chat has no answer of the assistant')
-    special = SPECIAL.search(json.dumps([chat.messages, chat.tools]))
-    if special:
-        raise ValueError(f'a message holds {special[0]}, but its content is text alone')
+def read_chat(row, messages, asked=0):
+    """The Chat of a row, whose first `asked` messages are not learnt. Nothing in the row may be lost."""
+    chat = Chat(messages, **read_options(row))
+    rules = [str(one.get('content')) for one in chat.messages if one['role'] in ('system', 'developer')]
+    for name in UNREAD:
+        kept = row.get(name) in EMPTY or any(str(row[name]) in text for text in rules)
+        require(kept, f'the column {name} would be lost; move it into the messages, or remove it')
+    for message in chat.messages[:asked]:
+        if message['role'] == 'assistant':
+            message['weight'] = 0
+    answered = any(message['role'] == 'assistant' for message in chat.messages[asked:])
+    require(answered or chat.turns, 'the chat has no answer of the assistant')
+    special = SPECIAL.search(json.dumps([chat.messages, chat.options]))
+    require(not special, f'a message holds {special and special[0]}, but its content is text alone')
     return chat
+
+
+def read_options(row):
+    """The variables of the template in the columns beside a chat and in chat_template_kwargs, JSON or not."""
+    options = {}
+    given = [(name, row[name]) for name in OPTIONS if row.get(name) not in EMPTY]
+    for name, value in given:  # and those that are found in chat_template_kwargs
+        if isinstance(value, str) and name not in ('reasoning_effort', 'model_identity'):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f'{name} is no JSON: {value!r:.40}') from error
+        known = name in OPTIONS and options.setdefault(name, value) == value
+        require(known, f'{name!r:.40} is unknown, or differs between a column and chat_template_kwargs')
+        if name == 'chat_template_kwargs':
+            require(isinstance(value, dict), f'{name} is no object but {type(value).__name__}')
+            given += options.pop(name).items()
+    return options
 
 
 # --- text files ---------------------------------------------------------------------------------------------
@@ -356,37 +373,30 @@ SEAM = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S)(?= )')  # no token of any tokenize
 def text_file(blocks):
     """Yield the parts of a text file, given blocks of whole lines. <|endoftext|> divides its documents."""
     text = ''  # of this document, not yet yielded
-    searched = PIECE  # no seam of it is before this position
+    enough = 2 * PIECE  # characters from which on it is cut
     begun = False  # whether a part of this document was yielded
     divided = False  # whether the text has an <|endoftext|>
-    for block in blocks:
-        *ended, rest = DIVIDER.split(block.replace('\r\n', '\n').replace('\r', '\n'))
+    blocks = (block.replace('\r\n', '\n').replace('\r', '\n') for block in blocks)
+    for block in itertools.chain(blocks, [None]):
+        *ended, rest = DIVIDER.split(END if block is None else block)
         for ending in ended:
             text += ending
-            text = text.rstrip('\n') if begun else text.strip('\n')
+            divided = divided or block is not None
+            if divided:
+                text = text.rstrip('\n') if begun else text.strip('\n')
             if text or begun:
                 yield text, True
             text = ''
-            searched = PIECE
             begun = False
-            divided = True
         text += rest
-        start = 0
-        while len(text) - start > 2 * PIECE:
-            seam = SEAM.search(text, searched)
-            if not seam:
-                searched = len(text)
-                break
-            yield text[start:seam.start()], False
-            start = seam.start()
-            searched = start + PIECE
-            begun = True
-        text = text[start:]
-        searched -= start
-    if divided:
-        text = text.rstrip('\n') if begun else text.strip('\n')
-    if text or begun:
-        yield text, True
+        if len(text) > enough:
+            start = 0
+            while seam := SEAM.search(text, start + PIECE, len(text) - PIECE):
+                yield text[start:seam.start()], False
+                start = seam.start()
+                begun = True
+            text = text[start:]
+            enough = 2 * max(PIECE, len(text))  # longer where no seam was found
 
 
 # --- chats, which config/chat_template.jinja writes in the harmony format of gpt-oss ------------------------
@@ -396,8 +406,7 @@ FIELDS |= dict(value='content', train='weight', reasoning='thinking', reasoning_
 FIELDS['from'] = 'role'
 ROLES = dict(human='user', gpt='assistant')  # ShareGPT's names
 EMPTY = None, '', [], {}
-SPECIAL = re.compile(r'<\|(start|message|channel|constrain|end|return|call'
-                     r'|startoftext|endof\w+|reserved_\d+)\|>')
+SPECIAL = re.compile(r'<\|(start(oftext)?|message|channel|constrain|end(of\w+)?|return|call|reserved_\d+)\|>')
 LEARNT = '<|generation|>'  # begins and ends what a rendered turn teaches
 TOKEN = re.compile(r'(<\|\w+\|>)')
 LETTERS = '<\ufdd0|'  # replaces <| in messages while the template renders: only its own <| become tokens
@@ -407,7 +416,7 @@ LETTERS = '<\ufdd0|'  # replaces <| in messages while the template renders: only
 def chat_template():
     """The template. It writes LEARNT in place of the tags `generation`, which transformers alone knows."""
     def raise_exception(message):
-        raise ValueError(message)
+        raise ValueError(f'{message:.300}')
 
     environment = jinja2.Environment()
     environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
@@ -418,29 +427,27 @@ def chat_template():
 
 
 class Chat:
-    """A conversation: messages {role, content, ...} and tools. The head of config/chat_template.jinja says
-    what they may hold; FIELDS has other names of the fields. Raises ValueError."""
+    """A conversation: messages {role, content, ...}, tools and other OPTIONS. config/chat_template.jinja says
+    at its head what they may hold; FIELDS has other names of a message's fields. Raises ValueError."""
 
-    def __init__(self, messages, tools=None):
-        self.tools = json.loads(tools or 'null') if isinstance(tools, str) else tools
+    def __init__(self, messages, tools=None, **options):
+        self.options = options | dict(tools=tools)
         self.messages = [read_message(number, message) for number, message in enumerate(messages, 1)]
 
     @cached_property
     def turns(self):
         """A text for each final answer that is learnt, with all before it, and one for calls at the end."""
-        ends = {len(self.messages)}
-        for number, message in enumerate(self.messages, 1):
-            final = message.get('channel', 'final') == 'final' and not message.get('tool_calls')
-            if message['role'] == 'assistant' and final:
-                ends.add(number)
-        texts = [self.render(self.messages[:end]) for end in sorted(ends)]
+        answers = [(i, one) for i, one in enumerate(self.messages, 1) if one['role'] == 'assistant']
+        spoken = [(i, one.get('channel', 'final')) for i, one in answers if not one.get('tool_calls')]
+        finals = {i for i, channel in spoken if channel == 'final'}
+        texts = [self.render(self.messages[:end]) for end in sorted({*finals, len(self.messages)})]
         return [text for text in texts if LEARNT in text]
 
     def render(self, messages, **options):
         """The text of messages, in which TOKEN finds the special tokens and LETTERS stands for other <|."""
-        given = json.dumps(dict(messages=messages, tools=self.tools)).replace('<|', '<\\ufdd0|')
+        given = json.dumps(self.options | dict(messages=messages)).replace('<|', '<\\ufdd0|')
         try:
-            return chat_template().render(json.loads(given), **options)
+            return chat_template().render(json.loads(given) | options)
         except (TypeError, jinja2.TemplateError) as error:
             raise ValueError(f'messages or tools have a value of the wrong type: {error}') from error
 
@@ -456,20 +463,16 @@ class Chat:
 
 def read_message(number, message):
     """The fields of a message under the names of the template, without empty ones."""
-    if not isinstance(message, dict):
-        raise ValueError(f'message {number} is no object: {message!r:.100}')
+    require(isinstance(message, dict), f'message {number} is no object: {type(message).__name__}')
     fields = {}
     for key, value in message.items():
         name = FIELDS.get(key)
         if value in EMPTY and (name, value) != ('content', ''):
             continue
-        if not name:
-            raise ValueError(f'message {number} has {key!r}, which is none of {", ".join(FIELDS)}')
-        if fields.setdefault(name, value) != value:
-            raise ValueError(f'message {number} has {key!r}, which differs from another {name} of it')
-    role = fields.get('role')
-    fields['role'] = ROLES.get(str(role), role)
-    return fields
+        require(name, f'message {number} has {key!r:.40}, which is none of {", ".join(FIELDS)}')
+        same = fields.setdefault(name, value) == value
+        require(same, f'message {number} has {key!r}, which differs from another {name} of it')
+    return fields | dict(role=ROLES.get(str(fields.get('role')), fields.get('role')))
 
 
 def encode_turn(encoder, text):
@@ -480,7 +483,7 @@ def encode_turn(encoder, text):
     for part in TOKEN.split(text):
         if part == LEARNT:
             learnt = 1 - learnt
-        elif TOKEN.fullmatch(part):
+        elif part in encoder.special_tokens_set:
             tokens.append(encoder.encode_single_token(part))
         else:
             tokens += encode_text(encoder, part.replace(LETTERS, '<|'))
@@ -511,8 +514,8 @@ def load_tokenizer(name):
     try:
         return read_tokenizer(Path(name))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f'{name} gives no tokenizer ({type(error).__name__}: {error}); it must be a folder '
-                       f'with a meta.json or one of {", ".join([*PATTERNS, *names])}') from error
+        raise BadInput(f'{name!s:.99} gives no tokenizer ({type(error).__name__}: {error!s:.200}); it must '
+                       f'be a folder with a meta.json or one of {", ".join([*PATTERNS, *names])}') from error
 
 
 def read_tokenizer(folder):
@@ -520,15 +523,15 @@ def read_tokenizer(folder):
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
     name = meta['tokenizer']
     special = meta.get('special_tokens', [END])
-    if name not in PATTERNS:
+    if name in tiktoken.list_encoding_names():
         return load_tokenizer(name)
+    require(name in PATTERNS, f'its meta.json names the tokenizer {name!r:.40}')  # a folder, even in a circle
     ranks = {}
     for line in (folder / 'tokenizer.tiktoken').read_text(encoding='utf-8').splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token, validate=True)] = int(rank)
-    expected = list(range(meta['vocab_size'] - len(special)))
-    if END not in special or sorted(ranks.values()) != expected:
-        raise ValueError('its tokens do not make up the vocabulary')
+    whole = len(ranks) + len(special) == meta['vocab_size'] and sorted(ranks.values()) == [*range(len(ranks))]
+    require(END in special and whole, 'its tokens do not make up the vocabulary')
     return encoding(name, ranks, special)
 
 
@@ -537,8 +540,8 @@ def encode_text(encoder, text):
     if encoder.name == 'char':
         unknown = set(text) - set(map(bytes.decode, encoder.token_byte_values()))
         if unknown:
-            names = ', '.join(map(repr, sorted(unknown)))
-            raise BadInput(f'the char tokenizer has no {names}; use bpe or byte')
+            names = ', '.join(map(repr, sorted(unknown)[:10]))
+            raise BadInput(f'the char tokenizer has no {names} (characters: {len(unknown)}); use bpe or byte')
     if not any(text[i:i + RUN].isspace() for i in range(0, len(text) - RUN + 1, RUN)):
         return encoder.encode_ordinary(text)
     # In long runs of white space, tiktoken's regular expressions overflow their stack; tokenizers' do not.
@@ -560,10 +563,7 @@ def encode_prompt(encoder, text):
     special = encoder.special_tokens_set
     tokens = []
     for part in re.split(f'({"|".join(map(re.escape, special))})', text):
-        if part in special:
-            tokens.append(encoder.encode_single_token(part))
-        else:
-            tokens += encode_text(encoder, part)
+        tokens += [encoder.encode_single_token(part)] if part in special else encode_text(encoder, part)
     return tokens
 
 
@@ -593,13 +593,11 @@ def train_tokenizer(texts):
     bpe.train_from_iterator(itertools.chain.from_iterable(map(UNBROKEN.split, texts)), trainer)
     byte_of = {character: byte for byte, character in byte_characters().items()}
     for left, right in json.loads(bpe.to_str())['model']['merges']:
-        token = bytes(byte_of[character] for character in left + right)
-        ranks.setdefault(token, len(ranks))
+        ranks.setdefault(bytes(map(byte_of.get, left + right)), len(ranks))
     return ranks
 
 
 # --- from pieces to tokens ----------------------------------------------------------------------------------
-
 def divide(sources, chats):
     """Give the last val_fraction of the documents to val, or of the text where there are fewer than 10."""
     documents = 0
@@ -608,9 +606,8 @@ def divide(sources, chats):
         documents += ends
         characters += len(str(document))
     by_text = documents < 10 and not chats
-    cut = documents - max(1, round(documents * val_fraction))
-    if by_text:
-        cut = int(characters * (1 - val_fraction))
+    held_out = max(1, round(documents * val_fraction))
+    cut = int(characters * (1 - val_fraction)) if by_text else documents - held_out
     position = 0
     for _, document, ends in read_pieces(sources, chats):
         size = len(document) if by_text else ends
@@ -623,72 +620,53 @@ def divide(sources, chats):
         position += size
 
 
-def make_batches(pieces):
-    """Lists of pieces with PIECE characters or more; the last one may have fewer."""
-    batch = []
-    size = 0
-    for split, document, ends in pieces:
-        batch.append((split, document, ends))
-        size += len(str(document))
-        if size >= PIECE:
-            yield batch
-            batch = []
-            size = 0
-    yield batch
-
-
-def encode_texts(batch, encoder, dtype):
-    """[(split, ends, tokens, no mask, bytes, special tokens that were read as letters)] of pieces of text."""
+def encode_batch(batch, encoder, dtype):
+    """[(split, ends, tokens, mask, bytes that are learnt, special tokens read as letters)] of pieces."""
     encode = encode_prompt if special_tokens else encode_text
     known = encoder.special_tokens_set if special_tokens else ()
     encoded = []
-    for split, text, ends in batch:
-        tokens = encode(encoder, text)
-        if ends:
-            tokens.append(encoder.eot_token)
-        spelled = sum(token[0] not in known for token in SPECIAL.finditer(text))
-        encoded.append((split, ends, np.array(tokens, dtype), b'', len(text.encode()), spelled))
+    for split, document, ends in batch:
+        if isinstance(document, Chat):
+            tokens, mask = encode_turn(encoder, ''.join(turn + END for turn in document.turns))
+        else:
+            tokens = encode(encoder, document) + [encoder.eot_token] * ends
+            mask = []  # all of it is learnt
+        learnt = encoder.decode_bytes(list(itertools.compress(tokens, mask))) if mask else document.encode()
+        spelled = sum(token[0] not in known for token in SPECIAL.finditer(str(document)))
+        encoded.append((split, ends, np.array(tokens, dtype), bytes(mask), len(learnt), spelled))
     return encoded
 
 
-def encode_chats(batch, encoder, dtype):
-    """The same of chats: [(split, True, tokens, mask, bytes of what is learnt, 0)]."""
-    encoded = []
-    for split, chat, ends in batch:
-        tokens, mask = encode_turn(encoder, ''.join(turn + END for turn in chat.turns))
-        size = len(encoder.decode_bytes(list(itertools.compress(tokens, mask))))
-        encoded.append((split, ends, np.array(tokens, dtype), bytes(mask), size, 0))
-    return encoded
+def encode_pieces(pieces, encoder, dtype):
+    """Yield what encode_batch returns of pieces, from threads. Few pieces are in memory at once."""
+    position = 0
 
+    def number_batch(piece):
+        nonlocal position
+        position += len(str(piece[1]))
+        return position // PIECE
 
-def encode_batches(encode, batches):
-    """Yield what `encode` returns, from threads that take a batch each. Few batches are in memory at once."""
+    batches = (list(batch) for _, batch in itertools.groupby(pieces, number_batch))
     threads = num_proc or os.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
         while group := list(itertools.islice(batches, 4 * threads)):
-            for encoded in pool.map(encode, group):
+            for encoded in pool.map(partial(encode_batch, encoder=encoder, dtype=dtype), group):
                 yield from encoded
 
 
 # --- the files of a data folder -----------------------------------------------------------------------------
-
 def write_data(folder, pieces, encoder, chats):
     """Write the files of a data folder, each whole or not at all, and return what meta.json holds."""
     dtype = 'uint16' if encoder.max_token_value < 2 ** 16 else 'uint32'
     meta = dict(dataset=dataset, tokenizer=encoder.name, vocab_size=encoder.max_token_value + 1,
                 eot_token=encoder.eot_token, dtype=dtype)
-    for split in ('train', 'val'):
-        meta |= {f'{split}_{count}': 0 for count in ('tokens', 'bytes', 'documents', 'crc32')}
-    if chats:
-        meta |= dict(train_targets=0, val_targets=0)
-    meta['spelled_special_tokens'] = 0
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as new:
-        write_bins(Path(new), pieces, encoder, meta)
+        meta |= write_bins(Path(new), encode_pieces(pieces, encoder, dtype), chats)
         documents = meta['train_documents'] + meta['val_documents']
         check(meta['train_tokens'] and meta['val_tokens'],
-              f'{dataset} holds too little text to divide (documents: {documents})')
-        if dataset == 'builtin' and documents >= 10:
+              f'{dataset} {val_dataset} holds too little text to train and validate (documents: {documents})')
+        if dataset == 'builtin' and not val_dataset and documents >= 10:
             # loss on val.bin, nats a token, of a model that knows the grammar and sees whole stories
             stories = itertools.islice(builtin_stories(megabytes, seed), meta['train_documents'], documents)
             meta['perfect_loss'] = sum(nats for _, nats in stories) / meta['val_tokens']
@@ -705,34 +683,31 @@ def write_data(folder, pieces, encoder, chats):
     return meta
 
 
-def write_bins(folder, pieces, encoder, meta):
-    """Write the tokens of each split, and for chats the masks. Count in meta what is written."""
-    chats = 'val_targets' in meta
+def write_bins(folder, encoded, chats):
+    """Write the tokens of each split, and for chats the masks. Returns a Counter of what is written."""
+    counts = Counter()
     names = ['train', 'val', 'train_mask', 'val_mask'] if chats else ['train', 'val']
-    encode = partial(encode_chats if chats else encode_texts, encoder=encoder, dtype=meta['dtype'])
     with ExitStack() as stack:
         bins = {name: stack.enter_context(open(folder / f'{name}.bin', 'wb')) for name in names}
-        # closed in this thread, even where writing fails, because it waits for its own threads
-        encoded = stack.enter_context(closing(encode_batches(encode, make_batches(pieces))))
+        stack.enter_context(closing(encoded))  # in this thread, because it waits for its own threads
         for split, ends, tokens, mask, size, spelled in tqdm(encoded, 'tokenising', leave=False):
             bins[split].write(tokens)
-            meta[f'{split}_tokens'] += len(tokens)
-            meta[f'{split}_crc32'] = zlib.crc32(tokens, meta[f'{split}_crc32'])
-            meta[f'{split}_bytes'] += size
-            meta[f'{split}_documents'] += ends
-            meta['spelled_special_tokens'] += spelled
+            counts[f'{split}_crc32'] = zlib.crc32(tokens, counts[f'{split}_crc32'])
+            counts.update({f'{split}_tokens': len(tokens), f'{split}_bytes': size, f'{split}_documents': ends,
+                           'spelled_special_tokens': spelled})
             if chats:
                 bins[f'{split}_mask'].write(mask)
-                meta[f'{split}_targets'] += sum(mask)
+                counts[f'{split}_targets'] += sum(mask)
+    return counts
 
 
 def choose_folder():
     """data_dir, or else data/ and the name of the dataset: data/news for news/*.txt."""
     if data_dir:
         return Path(data_dir)
-    suffix = Path(dataset).suffix
-    stem = dataset.removesuffix(suffix) if suffix in SUFFIXES else dataset.partition(':')[0]
-    folder = Path('data', Path(re.sub(r'[*?\[\]]', '', stem)).name or 'text')
+    path = find_path(dataset)
+    stem = path.with_suffix('') if path.suffix in SUFFIXES else str(path).partition(':')[0]
+    folder = Path('data', Path(re.sub(r'[*?\[\]]', '', str(stem))).name.strip(' .~') or 'text')  # of ../*.txt
     if (folder / 'meta.json').exists():
         with reading(folder / 'meta.json'):
             before = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['dataset']
@@ -740,28 +715,16 @@ def choose_folder():
     return folder
 
 
-def report_lengths(folder, meta):
-    """Print how many tokens the turns of chats have."""
-    bins = [np.fromfile(folder / f'{split}.bin', meta['dtype']) for split in ('train', 'val')]
-    ends = np.flatnonzero(np.concatenate(bins) == meta['eot_token'])
-    lengths = np.diff(ends, prepend=-1) - 1
-    message = (f'{len(lengths):,} answers, each with the chat before it: '
-               f'median {np.median(lengths):,.0f} tokens, longest {lengths.max():,}')
-    for size in (256, 512, 1024, 2048, 4096, 8192, 16384):
-        if size < lengths.max():
-            message += f', {(lengths > size).sum():,} over {size:,}'
-    print(message)
-
-
 def main():
     check(0 < val_fraction < 1, f'--val_fraction={val_fraction} must be between 0 and 1')
-    check(tokenizer != 'bpe' or vocab_size >= 257, f'--vocab_size={vocab_size} must be at least 257')
-    check(num_proc >= 0, f'--num_proc={num_proc} must be at least 0')
+    check(tokenizer != 'bpe' or 257 <= vocab_size <= 1e7, f'--vocab_size={vocab_size} must be 257 to 1e7')
+    least = min(num_proc, max_docs, megabytes)
+    check(least >= 0, f'num_proc, max_docs and megabytes must not be negative; one of them is {least}')
     sources = open_sources()
     folder = choose_folder()
     encoder = None if tokenizer in PATTERNS else load_tokenizer(tokenizer)
     first = next(read_pieces(sources), None)
-    check(first and first[0] == 'train', f'{dataset} holds no text')
+    check(first and first[0] == 'train', '; '.join([f'{dataset} holds no text', *skipped[:3]]))
     chats = isinstance(first[1], Chat)
     if not encoder:
         texts = (str(document) for _, document, _ in read_pieces(sources, chats))
@@ -772,14 +735,12 @@ def main():
           f'{dataset} holds chats, but {encoder.name} has no token <|start|>; use o200k_harmony, bpe or byte')
     pieces = read_pieces(sources, chats) if 'val' in sources else divide(sources, chats)
     meta = write_data(folder, pieces, encoder, chats)
+    if skipped:
+        print(f'bad rows left out: {len(skipped):,} ({"; ".join(skipped[:3])})')
     spelled = meta['spelled_special_tokens']
     if spelled:
-        hint = '--special_tokens=True reads them as tokens'
-        if special_tokens:
-            hint = f'{encoder.name} does not have them'
+        hint = f'{encoder.name} does not have them' if special_tokens else '--special_tokens=True reads them'
         print(f'{spelled:,} spellings of special tokens, such as {END}, were read as letters; {hint}')
-    if chats:
-        report_lengths(folder, meta)
     print(f'{folder}: {meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} validation tokens')
 
 

@@ -1391,6 +1391,95 @@ def test_names_that_look_like_patterns():
         refuse(['holds data of d 1/*.txt'], 'prepare.py', dataset=pattern, tokenizer='byte')
 
 
+def test_default_folder(tmp_path):
+    """The default data_dir is in data/, whatever the dataset's name is. A URL's suffix is its path's."""
+    write('a.txt', 'hello')
+    write('b.txt?x=1', 'hello')  # what this URL names
+    Path('below').mkdir()
+    os.chdir('below')
+    url = f'{tmp_path.as_uri()}/b.txt?x=1'
+    for name, folder in (('../*.txt', 'text'), ('.././[a].txt', 'a'), (url, 'b')):
+        assert f'data/{folder}: ' in run('prepare.py', dataset=name, tokenizer='byte').out
+    for name in ('.', '..', '../', '/', url.replace('b.txt', 'b')):
+        refuse([name], 'prepare.py', dataset=name, tokenizer='byte')
+    assert sorted(os.listdir('data')) == ['a', 'b', 'text'] and os.listdir() == ['data']
+
+
+def read_splits(name, tokenizer='byte', **settings):
+    """What prepare.py prints of a dataset, and the texts of train and val."""
+    shutil.rmtree('data', ignore_errors=True)
+    out = run('prepare.py', dataset=name, data_dir='data', tokenizer=tokenizer, **settings).out
+    _, encoder, tokens = read_data()
+    return out, *([*filter(None, encoder.decode(tokens[split]).split(END))] for split in tokens)
+
+
+def test_splits():
+    """Files named as a split are it. Those of test are left out. Validation can be a dataset of its own."""
+    for name in ('train-0', 'train-1', 'validation-0', 'test-0'):
+        write(f'hub/{name}.jsonl', [dict(text=name)] * 2)
+    train = ['train-0'] * 2 + ['train-1'] * 2
+    out, *texts = read_splits('hub/*.jsonl')
+    assert texts == [train, ['validation-0'] * 2] and 'test is left out (hub/test-0.jsonl)' in out
+    out, *texts = read_splits('h*/*.jsonl', val_dataset='hub/train-1.jsonl')
+    assert texts == [train[:2], train[2:]] and 'validation-0.jsonl' in out and 'test-0.jsonl' in out
+    _, *texts = read_splits('hub/test-*.jsonl')  # as the user names it
+    assert ''.join(sum(texts, [])) == 'test-0' * 2
+    refuse(['no split named train, but test;'], 'prepare.py', dataset='hub/*s*.jsonl')
+    refuse(['only files of val_dataset'], 'prepare.py', dataset='hub/t*0.jsonl', val_dataset='hub/t*.jsonl')
+    own = ['a', 'dev diary', 'testament', 'training_notes', 'valley']
+    for name in own:
+        write(f'own/{name}.txt', f'{name}.')
+    _, *texts = read_splits('own/*.txt')
+    assert ''.join(sum(texts, [])) == ''.join(f'{name}.' for name in own)
+    for name in ('train', 'test', 'dev'):
+        Path('tree', name).mkdir(parents=True)
+        write(f'tree/{name}/1.txt', name)
+    assert read_splits('tree/**/*.txt')[1:] == (['train'], ['dev'])
+    assert read_splits('builtin', megabytes=0.01, val_dataset='own/a.txt')[2] == ['a.']
+    assert 'perfect_loss' not in read_data()[0]
+
+
+def test_saved_datasets():
+    """Folders of datasets' save_to_disk are read, with their splits. For one of files a line says how."""
+    import datasets
+    names = 'train', 'test', 'validation'
+    rows = {name: datasets.Dataset.from_dict(dict(text=[name] * 4)) for name in names}
+    datasets.DatasetDict(rows).save_to_disk('all')
+    rows['test'].save_to_disk('one')
+    out, *texts = read_splits('all/')
+    assert texts == [['train'] * 4, ['validation'] * 4] and 'test is left out' in out
+    _, *texts = read_splits('one', max_docs=3)
+    assert ''.join(sum(texts, [])) == 'test' * 3
+    assert read_splits('all', val_dataset='all/test')[2] == ['test'] * 4
+    refuse(['only files of val_dataset'], 'prepare.py', dataset='one', val_dataset='one/')
+    datasets.DatasetDict(test=rows['test']).save_to_disk('none')
+    refuse(['no split named train, but test'], 'prepare.py', dataset='none')
+    write('folder/a.txt', 'a')
+    refuse(['folder/*.txt'], 'prepare.py', dataset='folder/')
+
+
+def test_bad_rows():
+    """skip_bad_rows counts the rows that are refused otherwise, names three, and keeps the others."""
+    good = [user('q'), assistant('a')]
+    bad = [[], good[:1], [user('<|end|>'), good[1]], [user('\ud800'), good[1]], [dict(user('q'), name='x')]]
+    file = write('a.jsonl', [good, *bad, good, good])
+    file.write_bytes(file.read_bytes() + b'{"messages": \n5\n')
+    refuse(['line 2', 'no answer'], 'prepare.py', dataset=file, tokenizer='byte')
+    for tokenizer in ('byte', 'bpe'):
+        out, *texts = read_splits(file, tokenizer, vocab_size=300, skip_bad_rows=True)
+        assert [len(text) for text in texts] == [2, 1] and texts[0][0] == texts[0][1] == texts[1][0]
+        assert 'bad rows left out: 7 (a.jsonl, line 2' in out and 'line 4' in out and 'line 5' not in out
+    write('b.csv', 'n,text\n1,a\n2,b,c\n3,d\n')
+    assert read_splits('b.csv', skip_bad_rows=True)[1:] == (['a'], ['d'])
+    whole = dict(c=[dict(n=1)] * 3, d=b'{"text": "a"}\n{"text": "\xe9"}\n', e='[{"text": "a"}, {"text": }]')
+    for name, content in whole.items():
+        write(f'{name}/good.jsonl', [dict(text='a')] * 3)
+        write(f'{name}/other.jsonl', content)
+        flags = dict(dataset=f'{name}/*.jsonl', data_dir='new', skip_bad_rows=True)
+        refuse([f'{name}/other.jsonl'], 'prepare.py', '--tokenizer=byte', **flags)
+        assert not list(Path().glob('new/*'))
+
+
 # --- chats ------------------------------------------------------------------------------------------------
 
 def user(text):
@@ -1460,11 +1549,17 @@ def call_tools(*names, **fields):
 
 TURNS = [
     [user('1?  <b> ü'), assistant('One.')],
-    [user('2?'), assistant('Two.', thinking='Hm.')],
+    [user('2?'), *call_tools('browser.search', 'python', thinking='So.'), assistant('Two.', thinking='Hm.')],
     [user('3?'), *call_tools('now', thinking='I need it.'), *call_tools('find', 'other', content='I call.'),
      assistant('Three.')],
     [user('4?'), *call_tools('other', 'now'), assistant('Wait.', channel='commentary'),
      assistant('Four.', thinking='Hm.')]]
+
+
+ADDRESSES = {name: dict(recipient='functions.' + name, channel='commentary', content_type='json')
+             for name in ('now', 'find', 'other')}
+ADDRESSES |= {name: dict(recipient=name, channel='analysis', content_type='code')
+              for name in ('browser.search', 'python')}
 
 
 def to_harmony(messages):
@@ -1480,11 +1575,11 @@ def to_harmony(messages):
             arguments = call['function']['arguments']
             if isinstance(arguments, dict):
                 arguments = json.dumps(arguments, ensure_ascii=False)
-            new = assistant(arguments, channel='commentary', content_type='json')
-            found.append(new | dict(recipient='functions.' + call['function']['name']))
+            found.append(assistant(arguments, **ADDRESSES[call['id']]))
         if message['role'] == 'tool':  # `call_tools` makes its name the id
-            new = dict(role='tool', content=text, channel='commentary', recipient='assistant')
-            found.append(new | dict(name='functions.' + message['tool_call_id']))
+            new = dict(ADDRESSES[message['tool_call_id']], role='tool', content=text, recipient='assistant')
+            new['name'] = ADDRESSES[message['tool_call_id']]['recipient']
+            found.append({key: value for key, value in new.items() if key != 'content_type'})
         elif message['role'] == 'user':
             found.append(message)
         elif not calls:
@@ -1492,12 +1587,15 @@ def to_harmony(messages):
     return found
 
 
-def make_conversation(first, chat, tools, effort, training):
+def make_conversation(first, chat, tools, system, training):
     """openai-harmony's conversation, without the analysis before the last earlier final answer."""
     import openai_harmony as harmony
     new = harmony.Message.from_role_and_content
-    effort = harmony.ReasoningEffort(effort.title())
-    start = [new(harmony.Role.SYSTEM, harmony.SystemContent.new().with_reasoning_effort(effort))]
+    content = harmony.SystemContent(model_identity=system['model_identity'])
+    content.with_reasoning_effort(harmony.ReasoningEffort(system['reasoning_effort'].title()))
+    for name in system['builtin_tools']:
+        getattr(content, f'with_{name}_tool')()
+    start = [new(harmony.Role.SYSTEM, content)]
     developer = harmony.DeveloperContent(instructions=first[0]['content'] if first else None)
     if tools:
         tools = [dict(parameters=None) | tool.get('function', tool) for tool in tools]
@@ -1527,18 +1625,21 @@ def test_harmony(monkeypatch):
         role = ('system', 'developer', None)[number % 3]
         first = [dict(role=role, content='Be brief.\nOr not.')] if role else []
         chat = sum(turns[:number % 4 + 1], [])
-        tools = TOOLS if any('tool_calls' in message for message in chat) else []
-        effort = ('low', 'medium', 'high')[number // 3 % 3]
-        ours = prepare.Chat(first + chat, tools)
-        seen = make_conversation(first, chat, tools, effort, training=False)
+        calls = {call['id'] for message in chat for call in message.get('tool_calls', [])}
+        tools = TOOLS if calls & {'now', 'find', 'other'} else []
+        builtin_tools = ['python', 'browser'] if 'python' in calls else ['browser'] * (number % 2)
+        system = dict(model_identity=f'You are {number}.', builtin_tools=builtin_tools,
+                      reasoning_effort=('low', 'medium', 'high')[number // 3 % 3])
+        ours = prepare.Chat(first + chat, tools, **system)
+        seen = make_conversation(first, chat, tools, system, training=False)
         prompt = theirs.render_conversation_for_completion(seen, harmony.Role.ASSISTANT, everything)
-        assert ours.prompt(encoder, effort) == prompt
-        options = dict(add_generation_prompt=True, reasoning_effort=effort, return_dict=False)
+        assert ours.prompt(encoder, system['reasoning_effort']) == prompt
+        options = dict(system, add_generation_prompt=True, return_dict=False)
         assert template(first + chat, tools=tools, **options) == prompt
-        whole = make_conversation(first, chat, tools, 'medium', training=True)
+        whole = make_conversation(first, chat, tools, system, training=True)
         tokens, mask = prepare.encode_turn(encoder, ours.turns[-1])
         assert tokens == theirs.render_conversation_for_training(whole, everything)
-        options = dict(return_dict=True, return_assistant_tokens_mask=True)
+        options = dict(system, return_dict=True, return_assistant_tokens_mask=True)
         found = template(first + chat, tools=tools or None, **options)
         assert found['input_ids'] == tokens and found['assistant_masks'] == mask
     assert set(sample.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
@@ -1568,6 +1669,43 @@ def test_forms_of_chats():
     assert '<|message|>I<|end|>' in first and '<|message|>I\n\nN<|end|>' in last
 
 
+def test_columns_beside_chats():
+    """Effort, identity and built-in tools stand in columns or in chat_template_kwargs, as objects or JSON."""
+    chat = dict(messages=[user('q'), assistant('a')])
+    system = dict(reasoning_effort='low', model_identity='You are X.', builtin_tools=['python'])
+    forms = [system, dict(chat_template_kwargs=system), dict(chat_template_kwargs=json.dumps(system)),
+             system | dict(builtin_tools='["python"]', chat_template_kwargs=dict(reasoning_effort='low'))]
+    document, *others = read_back(write('a.jsonl', [chat | form for form in forms]))
+    assert others == [document] * 3
+    assert document.startswith('<|start|>system<|message|>You are X.\nKnowledge cutoff: 2024-06\n\n'
+                               'Reasoning: low\n\n# Tools\n\n## python\n\nUse this tool')
+    import datasets
+    rows = [chat | system | dict(chat_template_kwargs=None), chat | dict(chat_template_kwargs=system)]
+    datasets.Dataset.from_list(rows).to_parquet('b.parquet')
+    assert read_back('b.parquet') == [document] * 2
+    same = dict(messages=[dict(role='system', content='In French.'), *chat['messages']], developer='French')
+    assert read_back(write('c.jsonl', [same | dict(source='x', reasoning_effort=None)] * 2))
+
+
+def test_questions_and_answers():
+    """Columns of a question and its answer are a chat. Only the answer is learnt, a text or messages."""
+    prompt = [user('q'), assistant('no', thinking='Hm.'), user('r')]
+    expected = read_back(write('a.jsonl', [[user('q'), assistant('a')]] * 2))
+    for question, answer in itertools.product(('instruction', 'prompt', 'question'), ('response', 'answer')):
+        assert read_back(write('b.jsonl', [{question: 'q', answer: 'a', 'category': 'c'}] * 2)) == expected
+    assert read_back(write('c.csv', 'prompt,completion\nq,a\nq,a\n')) == expected
+    dolly = dict(instruction='q', context='c', response='a', category='x')
+    assert '<|message|>q\n\nc<|end|>' in read_back(write('d.jsonl', [dolly] * 2))[0]
+    rows = [dict(prompt=prompt, completion=[assistant('a', thinking='T')])] * 2
+    document, _ = read_back(write('e.jsonl', rows))
+    assert 'no<|end|>' in document and 'Hm.' not in document
+    _, encoder, tokens = read_data()
+    learnt = tokens['val'][np.fromfile('data/val_mask.bin', bool)]
+    assert encoder.decode(learnt) == ('<|channel|>analysis<|message|>T<|end|><|start|>assistant'
+                                      '<|channel|>final<|message|>a<|return|>')
+    assert read_back('b.jsonl', text_column='answer') == ['a', 'a']
+
+
 def test_columns_of_tools():
     """Tools are objects or JSON. Parquet gives objects the keys of all others, which are no arguments."""
     import pyarrow
@@ -1593,6 +1731,18 @@ def test_columns_of_tools():
     ('csv', 'n,text\n1,a\n2\n', 'line 3'), ('csv', 'text,text\na,b\n', 'twice'), ('txt', '', 'a.txt'),
     ('jsonl', [dict(text='a'), dict(n=1, body='c')], 'line 2: no column'), ('docx', 'x', '.jsonl'),
     ('jsonl', '{"messages": [], "system": "s"}', 'line 1: the column system'),
+    *(('jsonl', [dict(messages=[user('q'), assistant('a')]) | fields], word) for fields, word in [
+        (dict(developer='s'), 'column developer'), (dict(documents=[1]), 'column documents'),
+        (dict(reasoning_effort='High'), 'low, medium or high'), (dict(model_identity=5), 'model_identity'),
+        (dict(builtin_tools=['search']), 'search'), (dict(builtin_tools='python'), 'builtin_tools'),
+        (dict(chat_template_kwargs=dict(enable_thinking=False)), 'enable_thinking'),
+        (dict(chat_template_kwargs=dict(reasoning_effort='low'), reasoning_effort='high'), 'differs'),
+        (dict(chat_template_kwargs='{'), 'no JSON'), (dict(model_identity='<|end|>'), '<|end|>')]),
+    ('jsonl', [dict(prompt=[user('q')], completion='a', context='c')], 'column context'),
+    ('jsonl', [dict(question='q', answer='a', response='b')], 'answer, or question and response'),
+    ('jsonl', [dict(question='q', answer=5)], 'answer must not hold int'),
+    ('jsonl', [dict(prompt='q', completion=[user('r')])], 'no answer'),
+    ('jsonl', [dict(question='q', answer='a', choices=['a', 'b'])], 'column choices'),
     ('jsonl', [dict(text='a')] * 9 + [[user('q'), assistant('a')]], 'texts and chats'),
     ('jsonl', [dict(messages=[user('q'), assistant('a')], tools=[dict(name='f', description=5)])], 'wrong'),
     ('txt', bytes(range(256)), 'Unicode'), ('txt', 'hello'.encode('utf-16'), 'iconv -f utf-16 -t utf-8'),
@@ -2354,7 +2504,10 @@ BAD_INPUT = dict(
     prepare=[
         ('--dataset=none.txt', 'none.txt'), ('--dataset=no*.jsonl', 'no*.j'), ('--tokenizer=gtp2', 'gpt2'),
         ('text.txt', 'text.txt', '--dataset='),
-        ('--val_fraction=1.5', '1.5'), ('--tokenizer=bpe --vocab_size=100', '100', '257')],
+        ('--val_dataset=none.txt', 'none.txt'), ('--val_dataset=text.txt', 'val_dataset'),
+        ('--val_fraction=1.5', '1.5'), ('--tokenizer=bpe --vocab_size=100', '100', '257'),
+        ('--tokenizer=bpe --vocab_size=1e9', '1000000000'), ('--max_docs=-1', 'max_docs', '-1'),
+        ('--tokenizer=circle', "its meta.json names the tokenizer 'circle'")],
     sample=[
         ('--start=QUICK', "'C', 'I'"), ('--start=FILE:none.txt', 'none.txt'), ('--chat', '<|start|>'),
         ('--num_samples=0', 'num_samples', '0'), ('--context=-1', 'context', '-1'), ('--seed=1e20', 'seed'),
@@ -2383,6 +2536,7 @@ def playground(fox, tmp_path_factory):
     write('cut/train.bin', train[:1001])
     write('strange/train.bin', b'\xff' * len(train))
     write('empty/meta.json', '{}')
+    write('circle/meta.json', '{"tokenizer": "circle"}')
     shutil.copytree('short/best', 'untold')
     write('untold/tokenizer.tiktoken', 'YQ== 0\nYg== 5')
     shutil.copytree('short/best', 'negative')
