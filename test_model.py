@@ -2279,6 +2279,10 @@ def test_recipients(header, recipient, kind, constrain, monkeypatch, capsys):
     assert histories[-1] == [user('Q'), called, dict(role='tool', content='2'),
                              assistant('2', channel='final'), user('Q')]
     assert prompts[1].count('<|start|>user') == 1 and prompts[2].count('<|start|>user') == 2
+    form = (' ' + '<|constrain|>' * constrain + kind) if kind else ''
+    turn = (f' to={recipient}<|channel|>{channel}{form}<|message|>1 + 1<|call|>'
+            f'<|start|>{recipient} to=assistant<|channel|>{channel}<|message|>2<|end|><|start|>assistant')
+    assert prompts[1] == prompts[0] + turn
 
 
 HI = '<|start|>assistant<|channel|>final<|message|>Hi<|end|>'
