@@ -425,7 +425,8 @@ class GPT(nn.Module):
                 if compile and i == 1:  # after the prompt
                     step = compile_step(step, caches, idx.is_cuda)
                 logits = step(idx, caches)[:, :vocab_size].float()
-                logits[:, list(banned)] = -math.inf
+                if banned:
+                    logits[:, list(banned)] = -math.inf
                 idx = draw(logits, temperature, top_k, top_p, min_p)  # the newest token; caches hold the rest
                 yield idx.squeeze(1)
         finally:

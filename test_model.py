@@ -556,6 +556,8 @@ def test_generate():
         assert torch.equal(gpt.generate(idx, 30, **narrow), greedy)
     torch.manual_seed(1)
     assert gpt.generate(idx, 30)[:, 5:].max() >= 9 > gpt.generate(idx, 30, vocab_size=9)[:, 5:].max()
+    drawn = gpt.generate(idx, 30, vocab_size=9, banned={1, 2, 4})[:, 5:]
+    assert set(drawn.unique().tolist()) == {0, 3, 5, 6, 7, 8}
     gpt.train()
     next(gpt.stream(idx, 30))
     assert gpt.training  # a stream that is left early ends evaluation mode too
