@@ -466,7 +466,7 @@ def test_other_meshes(number, flags, tmp_path):
 
 
 @pytest.mark.parametrize('where, number, rank', [
-    ('step', 7, 3), ('copy', 2, 3), ('copy', 2, 0), ('save', 3, 0), ('save', 4, 0), ('file', 90, 0)])
+    ('step', 7, 3), ('copy', 2, 3), ('copy', 2, 0), ('save', 3, 0), ('save', 4, 0), ('file', 100, 0)])
 @pytest.mark.parametrize('flags', [[], TWO_BY_TWO], ids=['ddp', 'fsdp'])
 def test_killed_processes(flags, where, number, rank, tmp_path):
     """A process of four is killed in a step, or while a checkpoint is gathered or written. The others end
