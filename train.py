@@ -173,8 +173,12 @@ def read_if_there(path):
 
 
 def read_state(folder):
-    """Read the state of a checkpoint. Raises ValueError if one of its files is missing or cut short."""
+    """Read the state of a checkpoint. Raises ValueError if one of its files is missing or damaged."""
     raw = read_json(folder / 'state.json')
+    for file in folder.glob('*.safetensors'):
+        open_file(file)
+    for file in folder.glob('*.json'):
+        read_json(file)
     try:
         values = {key: type(default)(raw.get(key, default)) for key, default in NEW.items()}
         values['losses'] = np.array(values['losses'], float).reshape(-1, 2).tolist()
@@ -399,7 +403,8 @@ if chats:
     val_rows = cut_chats('val')
     rows_per_epoch = len(chat_rows)
 else:
-    for split, size in sizes.items():
+    for split in sizes:
+        size = len(open_bin(split))
         check(size > block_size, f'{data / split}.bin has {size} tokens, fewer than block_size + 1 = '
                                  f'{block_size + 1}; take more text or a smaller --block_size')
     val_rows = cut_text('val')
