@@ -4,6 +4,7 @@ Continue a text with a trained model, chat with it, or export it for other progr
     python sample.py --start="Once upon a time"                                        # the run in out/
     python sample.py --init_from=openai/gpt-oss-20b --chat --experts=mxfp4
     python sample.py --export=exported                                                 # for transformers
+    python sample.py --export=story.gguf                                               # for llama.cpp
 """
 
 import config  # first, because it sets how OpenMP waits before torch loads it
@@ -17,14 +18,16 @@ import re
 import shutil
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tiktoken
 import torch
 from torch.utils._triton import has_triton
 
-from model import SLIDING, GPT, GPTConfig, find_checkpoint, read_json, replace_checkpoint, write_json
+from model import (GPT, MXFP4, SLIDING, STACKS, GPTConfig, find_checkpoint, read_json, replace_checkpoint,
+                   stored_tensors, write_json)
 from prepare import (END, HARMONY, PATTERNS, BadInput, Chat, byte_characters, encode_prompt, load_tokenizer,
                      make_splitter, reading)
 
@@ -56,13 +59,16 @@ system = ''  # instructions that come first
 tools = ''  # JSON file with a list of functions that the model can call
 reasoning_effort = 'medium'  # low, medium or high
 # export
-export = ''  # folder to write the model to, adapters merged, for transformers and others; auto is bfloat16
+export = ''  # folder, or FILE.gguf for llama.cpp, to write the model to, adapters merged; auto is bfloat16
 # -----------------------------------------------------------------------------
 BATCH = 16  # texts that are drawn together
 
 
 def main():
     check_settings()
+    if export.lower().endswith('.gguf'):
+        with fail_on(ImportError, '; pip install -U gguf'):
+            from gguf.quants import MXFP4  # versions before gpt-oss have none
     folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
     found = [folder for folder in folders if any(folder.glob('*config.json'))]
     check(init_from or found, f'{out_dir} holds no checkpoint: python train.py writes one; '
@@ -102,7 +108,7 @@ def check_settings():
     with fail_on(UnicodeError, '; start and system must be in UTF-8'):  # Python hides other bytes
         (start + system).encode()
     is_free = not os.path.exists(export) or os.path.isdir(export) and not os.listdir(export)
-    check(is_free, f'{export} exists already; --export needs a new or an empty folder')
+    check(is_free, f'{export} exists already; --export needs a new name or an empty folder')
 
 
 def load_encoder(folder, vocab_size):
@@ -351,27 +357,33 @@ def print_answer(tokens, encoder):
 
 
 def write_export(model, encoder, folder):
-    """Write a checkpoint with its tokenizer to the folder export, which appears whole or not at all."""
+    """Write a model with its tokenizer to the folder or file export, which appears whole or not at all."""
     shape = model.config
     check(encoder.n_vocab <= shape.vocab_size,
           f'the tokenizer has {encoder.n_vocab} tokens, more than vocab_size ({shape.vocab_size})')
     if shape.tie_word_embeddings:  # some programs cannot load a tied head, others leave it random
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         shape.tie_word_embeddings = False
-    with replace_checkpoint(export) as new:
-        with fail_on(ValueError):  # weights that MXFP4 cannot hold
-            model.save_pretrained(new, experts=experts or None)
-        write_tokenizer(encoder, new)
-        files = [Path(tokenizer_from or folder, name) for name in ('meta.json', 'tokenizer.tiktoken')]
-        for file in filter(Path.exists, files):  # for sample.py and train.py
-            shutil.copy(file, new)
+    to_gguf = export.lower().endswith('.gguf')
+    if to_gguf:
+        write_gguf(model, encoder)
+    else:
+        with replace_checkpoint(export) as new:
+            with fail_on(ValueError):  # weights that MXFP4 cannot hold
+                model.save_pretrained(new, experts=experts or None)
+            write_tokenizer(encoder, new)
+            files = [Path(tokenizer_from or folder, name) for name in ('meta.json', 'tokenizer.tiktoken')]
+            for file in filter(Path.exists, files):  # for sample.py and train.py
+                shutil.copy(file, new)
     print(f'{export}: {model.num_parameters():,} parameters')
     usual = GPTConfig(num_hidden_layers=shape.num_hidden_layers)
-    names = ('layer_types', 'swiglu_limit')
-    ignored = [name for name in names if getattr(shape, name) != getattr(usual, name)]
-    if ignored:
-        print(f'llama.cpp, vLLM and mlx-lm compute wrong outputs: they ignore {" and ".join(ignored)}')
-    if shape.rope_factor * shape.rope_original_max_position_embeddings != shape.max_position_embeddings:
+    for programs, names in (('llama.cpp, vLLM and mlx-lm', ('layer_types', 'swiglu_limit')),
+                            ('llama.cpp', ('rope_beta_fast', 'rope_beta_slow'))):
+        ignored = [name for name in names if getattr(shape, name) != getattr(usual, name)]
+        if ignored:
+            print(f'wrong outputs in {programs}, without support for {" and ".join(ignored)}')
+    stretched = shape.rope_factor * shape.rope_original_max_position_embeddings
+    if stretched != shape.max_position_embeddings and not to_gguf:
         print('transformers 4.55 computes wrong outputs: it replaces rope_factor by the ratio of contexts')
     if encoder.name in ('byte', 'char'):
         print(f'llama.cpp does not read the tokenizer {encoder.name}; bpe and those of tiktoken work there')
@@ -401,18 +413,122 @@ def convert_tokenizer(encoder):
     ranks = encoder._mergeable_ranks
     characters = byte_characters()
     written = {token: ''.join(map(characters.get, token)) for token in ranks}
+    special = {number: name for name, number in reversed(encoder._special_tokens.items())}  # first name wins
+    others = sorted({*range(encoder.n_vocab)} - {*ranks.values()})
+    names = {special.get(i, f'<|unused_{i}|>'): i for i in others}
+    vocabulary = {written[token]: ranks[token] for token in ranks}
+    last = max(ranks.values())
+    vocabulary |= {name: i for name, i in names.items() if i < last}  # p50k_base has a gap
     merges = []
     for token in sorted(ranks, key=ranks.get):
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         merges += [(written[a], written[b]) for a, b in pairs if a in ranks and b in ranks]
-    bpe = Tokenizer(models.BPE({written[token]: ranks[token] for token in ranks}, merges, ignore_merges=True))
+    bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([make_splitter(encoder), spell])
     bpe.decoder = decoders.ByteLevel()
-    special = {number: name for name, number in reversed(encoder._special_tokens.items())}  # first name wins
-    names = [special.get(number, f'<|unused_{number}|>') for number in range(len(ranks), encoder.n_vocab)]
     bpe.add_special_tokens([AddedToken(name, normalized=False) for name in names])  # numbered in this order
     return bpe
+
+
+# --- GGUF, the file of llama.cpp ----------------------------------------------------------------------------
+# llama.cpp's name of a pattern that cuts text into words, by a part of the pattern; the first match wins
+SPLITTERS = {r'\p{Lu}': 'gpt-4o', r'\p{N}{1,3}': 'dbrx', r' ?\p{L}+': 'gpt-2'}
+GGML_TYPES = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16', torch.uint8: 'MXFP4'}
+pack = cache(MXFP4.pack)  # it is slow
+
+
+def write_gguf(model, encoder):
+    """Write the file export. Tensors are converted twice, so that only one at a time is in both forms."""
+    from gguf import GGUFWriter
+    metadata = gguf_metadata(model, encoder)
+    file = Path(export).resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent, prefix=file.name) as folder:
+        new = Path(folder, 'new')
+        writer = GGUFWriter(new, 'gpt-oss')
+        for name, value in metadata.items():
+            getattr(writer, f'add_{name}')(value)
+        with fail_on(ValueError):  # weights that MXFP4 cannot hold
+            for name, array, kind in gguf_tensors(model):
+                writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, kind)
+        with fail_on(OSError, f'; is there space for {export}?'):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for _, array, _ in gguf_tensors(model):
+                writer.write_tensor_data(array)
+            writer.close()
+        with open(new, 'r+b') as stream:
+            os.fsync(stream.fileno())
+        new.rename(file)
+
+
+def gguf_metadata(model, encoder):
+    """What llama.cpp reads beside the tensors, by the names of GGUFWriter's methods."""
+    from gguf import RopeScalingType, TokenType
+    splitters = [name for part, name in SPLITTERS.items() if part in encoder._pat_str]
+    check(splitters, f'llama.cpp does not read the tokenizer {encoder.name}; bpe and those of tiktoken work')
+    c = model.config
+    raw = json.loads(convert_tokenizer(encoder).to_str())
+    tokens = {i: (f'<|unused_{i}|>', TokenType.UNUSED) for i in range(c.vocab_size)}
+    for token, i in raw['model']['vocab'].items():
+        tokens[i] = token, TokenType.NORMAL
+    for token in raw['added_tokens']:
+        tokens[token['id']] = token['content'], TokenType.CONTROL
+    texts, kinds = zip(*tokens.values())
+    end = encoder.eot_token
+    found = dict(
+        tokenizer_model='gpt2', tokenizer_pre=splitters[0], token_list=texts, token_types=kinds,
+        token_merges=list(map(' '.join, raw['model']['merges'])), add_bos_token=False,
+        bos_token_id=end, eos_token_id=end, pad_token_id=end, name=Path(export).stem,
+        block_count=c.num_hidden_layers, embedding_length=c.hidden_size,
+        context_length=c.max_position_embeddings, layer_norm_rms_eps=c.rms_norm_eps,
+        head_count=c.num_attention_heads, head_count_kv=c.num_key_value_heads,
+        key_length=c.head_dim, value_length=c.head_dim, sliding_window=c.sliding_window,
+        expert_count=c.num_local_experts, expert_used_count=c.num_experts_per_tok,
+        feed_forward_length=c.intermediate_size,
+        expert_feed_forward_length=c.intermediate_size,
+        rope_freq_base=c.rope_theta, rope_scaling_type=RopeScalingType.YARN,
+        rope_scaling_factor=c.rope_factor,
+        rope_scaling_orig_ctx_len=c.rope_original_max_position_embeddings,
+        rope_scaling_yarn_beta_fast=c.rope_beta_fast,
+        rope_scaling_yarn_beta_slow=c.rope_beta_slow)
+    types = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # 38: MXFP4
+    found['file_type'] = 38 if experts else types[model.lm_head.weight.dtype]
+    if '<|start|>' in encoder.special_tokens_set:
+        found['eos_token_id'] = encoder.encode_single_token('<|return|>')
+        template = Path(config.ROOT, 'config/chat_template.jinja')
+        found['chat_template'] = template.read_text(encoding='utf-8')
+    return found
+
+
+def gguf_tensors(model):
+    """Yield (name, bytes, type). There, matrices of experts are (E, out, in), and gate and up are apart."""
+    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+    names = get_tensor_name_map(MODEL_ARCH.GPT_OSS, model.config.num_hidden_layers)
+    for name, tensor in stored_tensors(model).items():
+        if name.endswith(STACKS):
+            tensor = ggml_blocks(pack(tensor)) if experts else tensor.mT
+        suffix = '.bias' if name.endswith('bias') else '.weight'
+        if tensor.dim() == 1 or 'router' in name or suffix == '.bias':
+            tensor = tensor.float()  # llama.cpp takes no other type
+        parts = dict(gate_up=tensor)
+        if 'gate_up' in name:  # they alternate
+            parts = dict(gate=tensor[:, 0::2], up=tensor[:, 1::2])
+        for part, tensor in parts.items():
+            stem = re.sub('[._](weight|bias)$', '', name.replace('gate_up', part))
+            kind = GGMLQuantizationType[GGML_TYPES[tensor.dtype]]
+            tensor = tensor.detach().cpu().contiguous()
+            yield names.get_name(stem) + suffix, tensor.view(torch.uint8).numpy(), kind
+
+
+def ggml_blocks(packed):
+    """The bytes of an MXFP4 as ggml has them, (E, out, in / 32 * 17): for 32 values the scale, then 16 bytes
+    with value i in the low and value i + 16 in the high nibble."""
+    values = torch.stack((packed.blocks & 15, packed.blocks >> 4), dim=-1).flatten(-2)
+    low, high = values.chunk(2, dim=-1)
+    return torch.cat((packed.scales[..., None], low | high << 4), dim=-1).flatten(-2)
 
 
 if __name__ == '__main__':

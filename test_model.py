@@ -1249,6 +1249,26 @@ def test_round_trip(tokenizer):
         assert again.eot_token == encoder.eot_token and again.n_vocab == encoder.n_vocab
 
 
+@pytest.mark.parametrize('name, splitter', [
+    ('bpe', 'gpt-2'), pytest.param('gpt2', 'gpt-2', marks=needs_vocabulary),
+    pytest.param('o200k_harmony', 'gpt-4o', marks=needs_vocabulary)])
+def test_gap(name, splitter):
+    """p50k_base has its end of text among the ranks. tokenizer.json and GGUF number tokens as tiktoken."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b'th': 256, b'the': 258, b'ab': 260}
+    pattern = prepare.PATTERNS.get(name) or prepare.load_tokenizer(name)._pat_str
+    encoder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: 257})
+    text = 'the crab' + END
+    theirs = sample.convert_tokenizer(encoder)
+    assert theirs.encode(text).ids == encoder.encode(text, allowed_special='all')
+    pytest.importorskip('gguf')
+    found = sample.gguf_metadata(make(vocab_size=262, num_hidden_layers=1), encoder)
+    texts = ('\xff', 'th', END, 'the', '<|unused_259|>', 'ab', '<|unused_261|>')
+    assert found['token_list'][32:34] + found['token_list'][255:] == ('\u0120', '!', *texts)
+    assert found['token_types'][255:] == (1, 1, 3, 1, 3, 1, 5)  # NORMAL, CONTROL, UNUSED
+    assert found['token_merges'] == ['t h', 'th e', 'a b'] and found['tokenizer_pre'] == splitter
+    assert found['bos_token_id'] == found['eos_token_id'] == 257 and 'chat_template' not in found
+
+
 def export_tokenizer(encoder):
     """transformers' tokenizer, from what sample.py exports of a model in data."""
     transformers = pytest.importorskip('transformers')
@@ -1300,6 +1320,94 @@ def test_export():
     assert said == run('sample.py', *flags).out
     write(file, json.dumps(json.loads(file.read_text()) | dict(normalizer=dict(type='Lowercase'))))
     refuse([str(file), '--tokenizer_from'], 'sample.py', *flags)
+
+
+def ggml_tensors(gpt):
+    """The tensors of a model, by llama.cpp's names and in its layout."""
+    found = {'token_embd.weight': gpt.lm_head.weight, 'output.weight': gpt.lm_head.weight,
+             'output_norm.weight': gpt.model.norm.weight}
+    for i, layer in enumerate(gpt.model.layers):
+        attn, moe, experts = layer.self_attn, layer.mlp, layer.mlp.experts
+        modules = dict(attn_norm=layer.input_layernorm, post_attention_norm=layer.post_attention_layernorm,
+                       attn_q=attn.q_proj, attn_k=attn.k_proj, attn_v=attn.v_proj, attn_output=attn.o_proj,
+                       ffn_gate_inp=moe.router)
+        tensors = {f'{name}.{leaf}': p for name, module in modules.items()
+                   for leaf, p in module.named_parameters()}
+        tensors |= {
+            'attn_sinks.weight': attn.sinks, 'ffn_down_exps.bias': experts.down_proj_bias,
+            'ffn_gate_exps.bias': experts.gate_up_proj_bias[:, 0::2],
+            'ffn_up_exps.bias': experts.gate_up_proj_bias[:, 1::2],
+            'ffn_gate_exps.weight': experts.gate_up_proj[..., 0::2].mT,
+            'ffn_up_exps.weight': experts.gate_up_proj[..., 1::2].mT,
+            'ffn_down_exps.weight': experts.down_proj.mT}
+        found |= {f'blk.{i}.{name}': tensor for name, tensor in tensors.items()}
+    return found
+
+
+@pytest.mark.parametrize('dtype, experts', [('float32', ''), ('bfloat16', ''), ('float16', 'mxfp4')])
+def test_gguf(dtype, experts):
+    """A file for llama.cpp has its names, types and layouts, and the merged adapters."""
+    gguf = pytest.importorskip('gguf')
+    data = make_data(write('text.txt', FOX), tokenizer='bpe', vocab_size=290)
+    sizes = dict(vocab_size=300, hidden_size=64, intermediate_size=96)
+    make(**sizes, tie_word_embeddings=True).save_pretrained('base')
+    adapt(GPT.from_pretrained('base', torch.float32)).save_adapter('adapters')
+    gpt = GPT.from_pretrained('adapters', getattr(torch, dtype))
+    gpt.merge_lora()
+    expected = ggml_tensors(gpt)
+    run('sample.py', init_from='adapters', tokenizer_from=data, dtype=dtype, experts=experts, device='cpu',
+        export='new/story.gguf')
+    assert os.listdir('new') == ['story.gguf']
+    reader = gguf.GGUFReader('new/story.gguf')
+    assert expected.keys() == {tensor.name for tensor in reader.tensors}
+    for tensor in reader.tensors:
+        right = expected[tensor.name]
+        kind = dict(float32='F32', bfloat16='BF16', float16='F16')[dtype]
+        if right.dim() == 1 or 'bias' in tensor.name or 'gate_inp' in tensor.name:
+            kind = 'F32'
+        elif experts and 'exps' in tensor.name:
+            kind = 'MXFP4'
+            right = MXFP4.pack(right.mT).unpack().mT
+        assert tensor.tensor_type.name == kind and tensor.shape.tolist()[::-1] == list(right.shape)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert torch.equal(torch.tensor(values), right.float())
+    kinds = dict(float32=0, bfloat16=32, float16=38)
+    assert reader.fields['general.file_type'].contents() == kinds[dtype]
+
+
+def test_gguf_metadata():
+    """The package gguf reads shape, tokenizer and chat template. What cannot be written costs one line."""
+    gguf = pytest.importorskip('gguf')
+    make_data(write('chats.jsonl', [[user('red'), assistant('go')]] * 20), tokenizer='bpe', vocab_size=290)
+    encoder = prepare.load_tokenizer('data')
+    make(vocab_size=300, rope_beta_slow=2.0, swiglu_limit=6.0).save_pretrained('model')
+    flags = ['--init_from=model', '--tokenizer_from=data', '--device=cpu', '--export=new/story.gguf']
+    with mock.patch('gguf.GGUFWriter.write_tensor_data', side_effect=OSError('the disk is full')):
+        refuse(['the disk is full'], 'sample.py', *flags)
+    assert os.listdir('new') == []
+    said = run('sample.py', *flags).out
+    assert 'swiglu_limit' in said and 'rope_beta_slow' in said and 'transformers' not in said
+    fields = gguf.GGUFReader('new/story.gguf').fields
+    found = {name.split('.', 1)[1]: field.contents() for name, field in fields.items() if '.' in name}
+    eps = found.pop('attention.layer_norm_rms_epsilon')
+    assert eps == pytest.approx(1e-5) and found['architecture'] == 'gpt-oss' and found['name'] == 'story'
+    right = {
+        'block_count': 3, 'embedding_length': 48, 'feed_forward_length': 40, 'expert_feed_forward_length': 40,
+        'attention.head_count': 6, 'attention.head_count_kv': 2, 'attention.key_length': 10,
+        'attention.value_length': 10, 'attention.sliding_window': 16, 'expert_count': 5,
+        'expert_used_count': 2, 'context_length': 131072, 'rope.freq_base': 150000.0,
+        'rope.scaling.type': 'yarn', 'rope.scaling.factor': 32.0, 'rope.scaling.yarn_beta_fast': 32.0,
+        'rope.scaling.yarn_beta_slow': 2.0, 'rope.scaling.original_context_length': 64, 'ggml.model': 'gpt2',
+        'ggml.pre': 'gpt-2', 'ggml.bos_token_id': encoder.eot_token, 'ggml.add_bos_token': False,
+        'ggml.padding_token_id': encoder.eot_token,
+        'ggml.eos_token_id': encoder.encode_single_token('<|return|>'),
+        'chat_template': (ROOT / 'config/chat_template.jinja').read_text(encoding='utf-8')}
+    assert {name: found.get(name) for name in right} == right
+    refuse(['story.gguf', 'exists'], 'sample.py', *flags)
+    with mock.patch.dict(sys.modules, {'gguf': None, 'gguf.quants': None}):
+        refuse(['gguf', 'pip install'], 'sample.py', *flags, export='other.gguf')
+
+
 
 
 def test_text_files():
@@ -2523,7 +2631,8 @@ BAD_INPUT = dict(
         ('--chat --export=new', 'chat', 'export'), ('--init_from=negative', 'negative/meta.json', '-5'),
         ('--temperature=-1', 'temperature', '-1'), ('--top_p=0', 'top_p', '0'), ('--top_k=-1', 'top_k', '-1'),
         ('--min_p=2', 'min_p', '2'), ('--max_new_tokens=200000', 'prompt'), ('--out_dir=none', 'none'),
-        ('--export=short', 'short'), ('--init_from=untold', 'untold', 'tokenizer')],
+        ('--export=short', 'short'), ('--export=new.gguf', 'tokenizer char', 'bpe'),
+        ('--init_from=untold', 'untold', 'tokenizer')],
     bench=[
         ('--parts=train,walk', 'walk'), ('--rounds=0', 'rounds', '0'), ('--scale --gpu=toaster', 'toaster'),
         ('--compare --learn', '--compare', '--learn'),

@@ -45,8 +45,7 @@ QUESTION = CHATS[1][:1]  # its answer is 'go'
 TEXT = ("It's 1234567 o'clock!  \u00dcbermut,\n\n\tna\u00efve \u65e5\u672c\u8a9e \U0001f642 "
         "don't... we'll x_1=2;   end ")
 
-# The README's way from nothing to a story: RUNS[0], the export `story`, and these two
-CONVERT = 'python .ci/llama_cpp_convert.py llama.cpp gpt-2 story --outfile=story.gguf'
+# The README's way from nothing to a story: RUNS[0], the export `story` to a file, and this
 TELL = 'llama.cpp/build/bin/llama-simple -m story.gguf -n 200 "Once upon a time"'
 # Programs other than transformers and onnxruntime-genai round the ends of YaRN's ramp, and so do the models
 # that they are compared with.
@@ -286,26 +285,18 @@ def trl(folder, ours):
     yield "sample.py with TRL's folder", text.stdout + text.stderr, good
 
 
-def convert_to_gguf(name):
-    """Write NAME.gguf from an export by the README's command. Only for `story` the converter picks the
-    type."""
-    convert = CONVERT.replace('story', name)
-    if name != 'story':
-        convert += ' --outtype=bf16' if name == 'bf16' else ' --outtype=f32'
-    if name == 'gpt2':  # a vocabulary that the converter knows
-        ours = '.ci/llama_cpp_convert.py llama.cpp gpt-2'
-        convert = convert.replace(ours, 'llama.cpp/convert_hf_to_gguf.py')
-    command(convert)
-
-
 def llama_cpp(folder, ours):
     sys.path.insert(0, str(BINDING))
     os.environ['LLAMA_CPP_LIB_PATH'] = str(LLAMA / 'build' / 'bin')
     from llama_cpp import GGML_TYPE_F32, Llama
-    convert_to_gguf(folder.name)
-    if folder.name == 'story':
-        story = command(TELL)
-        yield 'text of the four commands', story, story.count('.') > 5
+    _, flags = EXPORTS[folder.name]
+    Path(f'{folder}.gguf').unlink(missing_ok=True)  # of an earlier call
+    command(f'python sample.py --export={folder.name}.gguf {flags}')
+    if folder.name in ('story', 'fp32'):
+        story = command(TELL.replace('story', folder.name))
+        tell = f'python sample.py --init_from={folder} --device=cpu --dtype=float32 --temperature=0'
+        again = command(f'{tell} --max_new_tokens=200 --start="Once upon a time"')
+        yield 'greedy text', story, story == again and story.count('.') > 5
     options = dict(n_ctx=512, logits_all=True, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
     model = Llama(f'{folder}.gguf', **options, verbose=False)
     n = len(ours.prompt)
@@ -335,7 +326,7 @@ PROGRAMS = {  # name and version: (function, exports, packages)
     'onnxruntime-genai==0.18.0': (
         onnxruntime_genai, ['story'],
         'onnxruntime-genai==0.18.0 onnx onnx-ir transformers==5.24.0'),
-    'llama.cpp==llama-cpp-python 0.3.36': (llama_cpp, EXPORTS, 'transformers==4.57.6 diskcache jinja2')}
+    'llama.cpp==llama-cpp-python 0.3.36': (llama_cpp, EXPORTS, 'diskcache jinja2')}
 NOT_TRIED = {
     'mlx-lm==0.32.2': ('fp32, bf16', 'it reads experts in MXFP4 alone'),
     'vLLM': ('all', 'its loader was read'),
