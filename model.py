@@ -83,7 +83,7 @@ class GPTConfig:
             self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
 
     def check(self):
-        """Raise ValueError for a shape that cannot be. Part two defines it."""
+        """Raise ValueError for a shape that cannot be. Part two replaces this by check_shape."""
 
 
 # -----------------------------------------------------------------------------
@@ -404,7 +404,7 @@ class GPT(nn.Module):
 
         temperature 0 is greedy. top_k keeps the k likeliest tokens, then min_p those at least this fraction
         as likely as the likeliest, then top_p the likeliest that together reach this probability. Tokens from
-        vocab_size on and those in banned, which the tokenizer does not have, are never drawn. context cuts
+        vocab_size on and those in banned, for which there is no text, are never drawn. context cuts
         the prompt, and what full attention sees. compile compiles the step of one token, which takes a
         minute the first time. caches: those of an earlier call, which hold the first `kept` tokens of idx."""
         if context:
@@ -415,7 +415,7 @@ class GPT(nn.Module):
             length = math.ceil(length / 512) * 512  # every new length is compiled again
         caches = caches or self.make_caches(idx, min(length, context or length))
         for cache in caches:
-            cache.rewind(kept)
+            cache.position.fill_(kept)
         idx = idx[:, kept:]
         step = self.next_logits
         training = self.training
@@ -458,26 +458,22 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = torch.arange(size, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # tokens seen so far
-        self.rewind(0)
-
-    def rewind(self, kept):
-        """Forget all tokens but the first `kept`."""
-        self.position.fill_(kept)
-        self.kept = kept
 
     def update(self, k, v):
-        """Store k and v (B, T, KV, hd) of the next T tokens, of which the last `size` stay. Returns what they
-        can see: all slots if T is 1, else the kept tokens in their order, then their own."""
+        """Store k and v (B, T, KV, hd) of the next T tokens, of which the last `size` stay. Returns what the
+        tokens can see: all slots if T is 1, else those stored before, in their order, and their own."""
         T, size = k.size(1), self.k.size(2)
-        if T > 1:
-            before = torch.arange(max(0, self.kept - size), self.kept, device=k.device) % size
-            all_k = torch.cat((self.k[:, :, before].transpose(1, 2), k), dim=1)
-            all_v = torch.cat((self.v[:, :, before].transpose(1, 2), v), dim=1)
         written = (self.position + torch.arange(T, device=k.device))[-size:] % size
-        self.k.index_copy_(2, written, k[:, -size:].transpose(1, 2))
-        self.v.index_copy_(2, written, v[:, -size:].transpose(1, 2))
+        new_k, new_v = k[:, -size:].transpose(1, 2), v[:, -size:].transpose(1, 2)
+        if T > 1:
+            seen = self.position.item()
+            before = torch.arange(max(0, seen - size), seen, device=k.device) % size
+            k = torch.cat((self.k[:, :, before].transpose(1, 2), k), dim=1)
+            v = torch.cat((self.v[:, :, before].transpose(1, 2), v), dim=1)
+        self.k.index_copy_(2, written, new_k)
+        self.v.index_copy_(2, written, new_v)
         self.position += T
-        return (all_k, all_v) if T > 1 else (self.k.transpose(1, 2), self.v.transpose(1, 2))
+        return (k, v) if T > 1 else (self.k.transpose(1, 2), self.v.transpose(1, 2))
 
 
 def check_sampling(config, idx, length, temperature, top_k, top_p, min_p):
@@ -690,11 +686,6 @@ def group_experts(experts, rows, counts):
     return linear(swiglu(linear(rows, 'gate_up_proj'), experts.limit), 'down_proj')
 
 
-@torch._disable_dynamo  # numbers of rows are data. Its first call imports the compiler, in seconds
-def loop_uncompiled(*arguments):
-    return loop_experts(*arguments)
-
-
 def loop_experts(experts, rows, which, counts):
     """Groups of rows (M, D), counts (G,) of them, through the experts which (G,), one by one -> (M, D)."""
     stacks = {}
@@ -716,6 +707,9 @@ def loop_experts(experts, rows, which, counts):
             h = swiglu(linear('gate_up_proj', x, e), experts.limit)
             outputs.append(linear('down_proj', h, e)[:n])
     return torch.cat(outputs)
+
+
+loop_uncompiled = torch._disable_dynamo(loop_experts)  # numbers of rows are data. It imports the compiler
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -746,13 +740,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad = logits.sub_(lse).exp_().mul_(valid).to(x.dtype)
                 grad = grad.scatter_(1, tc, torch.expm1(-nats).to(x.dtype))  # nats is 0 where ignored
                 dx.append(grad @ w)
-                if grad.dtype == torch.float16:  # the sum over the rows would exceed its range
-                    grad = grad.float()
-                    xc = xc.float()
-            if dw is not None and grad.dtype == dw.dtype:
-                dw = dw.addmm_(grad.T, xc)
-            elif dw is not None:
+            if dw is not None and x.dtype == torch.bfloat16:
                 dw = dw.add_(grad.T @ xc)
+            elif dw is not None:  # in fp32: the sum over the rows would exceed float16
+                dw = dw.addmm_(grad.T.float(), xc.float())
         if needs_grad:
             ctx.save_for_backward(torch.cat(dx), dw)
             ctx.dtype = weight.dtype
@@ -897,9 +888,8 @@ def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None,
     the model that adapters name, overrides replace fields of GPTConfig. A folder that is replaced meanwhile,
     such as a run's best/, is read again. Raises ValueError, which names the tensors that do not fit."""
     require(experts in (None, 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or None')
-    seen = None
-    while seen != stamp_files(path):
-        seen = stamp_files(path)
+    for _ in range(10):
+        before = stamp(path)
         model = error = None  # frees the model that was read before
         try:
             adapted = (find_checkpoint(path) / 'adapter_config.json').is_file()
@@ -907,18 +897,17 @@ def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None,
             model = load(cls, path, dtype, device, experts, base, overrides)
         except ValueError as caught:
             error = caught
+        if stamp(path) == before:
+            break
     if error:
         raise error
     return model
 
 
-def stamp_files(path):
-    """What changes when the files of a checkpoint are replaced. An empty set for a hub id."""
-    found = set()
-    for file in (*Path(path).glob('*.json'), *Path(path).glob('*.safetensors')):
-        with suppress(OSError):  # it is gone
-            found.add((file, file.stat().st_ino, file.stat().st_mtime_ns))
-    return found
+def stamp(path):
+    """What changes when the files of a folder, or the folder itself, are replaced. None for a hub id."""
+    with suppress(OSError, ValueError):
+        return os.stat(path).st_ino, os.stat(path).st_mtime_ns
 
 
 def load_model(cls, path, dtype, device, expert_format, base, overrides):
@@ -987,6 +976,7 @@ def replace_checkpoint(path):
     folder NAME-RANDOM beside it. Where the folder cannot be renamed, files are replaced one by one, first
     without config.json, so that half of them are no checkpoint."""
     folder = Path(path).resolve()
+    require(folder.is_dir() or not folder.exists(), f'{path} is a file; a checkpoint is a folder')
     in_use = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)
     fixed = folder.exists() and (in_use or not os.access(folder.parent, os.W_OK))
     place = folder if fixed else folder.parent
@@ -996,6 +986,8 @@ def replace_checkpoint(path):
     old = temporary / 'old'
     try:
         new.mkdir()
+        if folder.exists():
+            shutil.copymode(folder, new)
         yield new
     except BaseException:
         remove_folder(temporary)
@@ -1003,7 +995,7 @@ def replace_checkpoint(path):
     if not fixed:
         put_in_place(new, folder, old)
     for file in sorted((folder if fixed else old).glob('*')):  # config.json comes before model.safetensors
-        ours = any(map(file.match, ('config.json', 'model*.safetensors*', 'adapter_*')))
+        ours = file.is_file() and any(map(file.match, ('config.json', 'model*.safetensors*', 'adapter_*')))
         if fixed and ours:
             file.unlink()
         elif not fixed and not ours:

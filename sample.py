@@ -104,6 +104,7 @@ def check_settings():
         value = globals()[name]
         check(value in values, f'{name} is {value!r:.99}; it must be in {values}')
     check(chat or export or not system + tools, 'system and tools are for a chat; add --chat')
+    check(all(stop or []), 'stop has an empty string, which every text holds')
     check(not (chat and export), 'chat and export are two tasks; give one of them')
     with fail_on(UnicodeError, '; start and system must be in UTF-8'):  # Python hides other bytes
         (start + system).encode()
@@ -140,7 +141,7 @@ def read_tokenizer(path):
 
 
 def print_samples(model, encoder, window):
-    """Print the texts that continue `start`, one as it is drawn, several when all of a batch have ended."""
+    """Print the texts that continue `start`: one while it is drawn, several when their batch has ended."""
     text = start
     with fail_on(ValueError):
         if start.startswith('FILE:'):
@@ -159,7 +160,7 @@ def print_samples(model, encoder, window):
                 print(text + decode_row(encoder, row))
         if logprobs:
             for row in rows:
-                print_probabilities(model, encoder, prompt, row)
+                print_probabilities(model, encoder, window, prompt, row)
 
 
 def is_live():
@@ -178,7 +179,7 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
     known = {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,
                           window or None, pays if compile is None else compile,
-                          set(range(encoder.n_vocab)) - known, **cached)
+                          set(range(min(encoder.n_vocab, model.config.vocab_size))) - known, **cached)
     ended = set()
     try:
         with fail_on(ValueError):  # a setting or the prompt is out of range
@@ -228,10 +229,14 @@ def decode_row(encoder, row):
 
 
 @torch.no_grad()
-def print_probabilities(model, encoder, prompt, row):
+def print_probabilities(model, encoder, window, prompt, row):
     """Print the probability of each token, and the likeliest tokens in its place, at temperature 1."""
-    idx = torch.tensor([prompt + row], device=model.lm_head.weight.device)
-    probabilities = model(idx, idx)[0][0, len(prompt) - 1:-1].float().softmax(-1)
+    model.eval()  # without dropout
+    parts = [prompt[-window:], *([token] for token in row[:-1])]  # a window of 0 keeps all
+    parts = [torch.tensor([part], device=model.lm_head.weight.device) for part in parts]
+    caches = model.make_caches(parts[0], min(window or 2 ** 31, len(prompt) + len(row)))
+    logits = torch.cat([model.next_logits(part, caches) for part in parts])[:, :encoder.n_vocab]
+    probabilities = logits.float().softmax(-1)
     for token, p, best, likely in zip(row, probabilities, *probabilities.topk(5)):
         pairs = zip(likely.tolist(), best.tolist())
         others = [f'{encoder.decode([other])!r} {chance:.3f}' for other, chance in pairs]
@@ -271,6 +276,7 @@ class ChatCache:
                 cache.v.copy_(v)
             return len(self.prompt)
         self.prompt = []
+        self.rings = []
         self.size = min(longest, 2 ** needed.bit_length())
         idx = torch.tensor([prompt], device=self.model.lm_head.weight.device)
         self.caches = self.model.make_caches(idx, self.size)

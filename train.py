@@ -74,7 +74,7 @@ head_dim = 32
 router_aux_loss_coef = 0.05
 # optimizers and schedule
 max_iters = 380  # optimizer steps in the whole run
-learning_rate = 8e-3  # peak rate of AdamW; of a model that is loaded by default less, see choose_rates
+learning_rate = 8e-3  # peak rate of AdamW; by default lower for a model that is loaded, see choose_rates
 muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
 min_lr = 0.0  # rate of AdamW at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
@@ -222,8 +222,12 @@ def keep_best(state):
 
 
 def take_lock():
+    """Lock out_dir, and remove what a run that was killed was writing."""
     with fail_on((OSError, NotImplementedError), f'; is another run writing to {out}?'):
-        return lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
+    for unfinished in out.glob('*.new*'):
+        remove_folder(unfinished)
+    return held
 
 
 def check_out_dir():
@@ -236,9 +240,9 @@ def check_out_dir():
           f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
     needed = [Path(init_from).resolve(), Path(asked['base'] or init_from).resolve()]
     with suppress(ValueError, KeyError, TypeError):  # the base of adapters
-        needed.append(Path(read_json(needed[0] / 'adapter_config.json')['base_model_name_or_path']))
+        needed.append(Path(read_json(needed[0] / 'adapter_config.json')['base_model_name_or_path']).resolve())
     check(not any(runs & {path, *path.parents} for path in needed),
-          f'init_from is {init_from}, which this run would overwrite; give another --out_dir')
+          f'this run would overwrite a model that it starts from ({init_from}); give another --out_dir')
 
 
 def choose_rates(width, adapters):
@@ -260,7 +264,7 @@ def decide():
         folder, state = find_newest()
         if folder == last and not asked['eval_only']:
             with take_lock(), fail_on(OSError):
-                keep_best(state)  # which the run did not if it was killed before
+                keep_best(state)  # a run that was killed may not have done it
     elif asked['init_from'] != 'scratch':
         with fail_on(ValueError):
             folder = find_checkpoint(asked['init_from'])
@@ -545,7 +549,7 @@ def gather():
 
 def load_moments(path):
     """Load the moments that `gather` returned. With fsdp rank 0 reads the file and sends out the parts."""
-    moments = name_moments() | dict(expert_load=model.expert_load)  # made by a step of rate 0
+    moments = name_moments() | dict(expert_load=model.expert_load)  # dcp makes them by a step of rate 0
     stored = {}
     if rank == 0 or not fsdp:
         with open_file(path) as file:
@@ -660,8 +664,8 @@ def write_checkpoint(weights, moments):
         if keep_every and state.step % (keep_every * eval_interval) == 0:
             copy_last(f'step-{state.step}')
     except OSError as error:
-        for new in out.glob('*.new'):  # it may fill the disk
-            remove_folder(new)
+        for unfinished in out.glob('*.new*'):  # it may fill the disk
+            remove_folder(unfinished)
         config.fail(f'{error}; the checkpoints in {out} are whole')
 
 
@@ -709,7 +713,10 @@ def start_writing():
     """Lock out_dir. Start wandb, cut metrics.jsonl to the step of the checkpoint, and remove a run that is
     replaced."""
     take_lock()
-    check(not resumed or read_state(folder).step == state.step, f'another run has written {folder} meanwhile')
+    same = asked['overwrite'] or not any(path.exists() for path in checkpoints)
+    if resumed:
+        same = read_state(folder).step == state.step
+    check(same, f'another run has written to {out} meanwhile')
     if wandb_log:
         with fail_on(Exception, '; pip install wandb, or drop --wandb_log'):  # it raises many types
             import wandb
@@ -746,7 +753,7 @@ def schedule(step):
 def note_signal(number, frame):
     """Finish the step, save, and end."""
     global stopped_by
-    if stopped_by and number == signal.SIGINT and not distributed:
+    if stopped_by and not distributed:
         raise KeyboardInterrupt
     stopped_by = signal.Signals(number).name
 
@@ -759,8 +766,8 @@ def end_at_second(signals, written):
 
 @contextmanager
 def handle_signals():
-    """Let note_signal handle Ctrl-C and SIGTERM. In a notebook the process outlives the run, so that the
-    handlers and the lock must not."""
+    """Let note_signal handle Ctrl-C and SIGTERM. In a notebook the process outlives the run, so the
+    handlers and the lock are given back."""
     caught = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, note_signal) for number in caught]
     if distributed and 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun sends each twice, then kills
