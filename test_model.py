@@ -17,6 +17,7 @@ import base64
 import contextlib
 import copy
 import gc
+import http.server
 import io
 import itertools
 import json
@@ -30,6 +31,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1468,7 +1471,7 @@ def test_bad_rows():
     for tokenizer in ('byte', 'bpe'):
         out, *texts = read_splits(file, tokenizer, vocab_size=300, skip_bad_rows=True)
         assert [len(text) for text in texts] == [2, 1] and texts[0][0] == texts[0][1] == texts[1][0]
-        assert 'bad rows left out: 7 (a.jsonl, line 2' in out and 'line 4' in out and 'line 5' not in out
+        assert 'rows left out: 7 (a.jsonl, line 2' in out and 'line 4' in out and 'line 5' not in out
     write('b.csv', 'n,text\n1,a\n2,b,c\n3,d\n')
     assert read_splits('b.csv', skip_bad_rows=True)[1:] == (['a'], ['d'])
     whole = dict(c=[dict(n=1)] * 3, d=b'{"text": "a"}\n{"text": "\xe9"}\n', e='[{"text": "a"}, {"text": }]')
@@ -1478,6 +1481,71 @@ def test_bad_rows():
         flags = dict(dataset=f'{name}/*.jsonl', data_dir='new', skip_bad_rows=True)
         refuse([f'{name}/other.jsonl'], 'prepare.py', '--tokenizer=byte', **flags)
         assert not list(Path().glob('new/*'))
+
+
+def pack(data, suffix):
+    """The bytes as a packed file holds them."""
+    import pyarrow
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, prepare.PACKED[suffix]) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize('suffix', prepare.PACKED)
+def test_packed_files(suffix):
+    """Packed files are read as what they hold, of one part or of more. One that was cut is refused."""
+    rows = [dict(text=f'{i} {i ** 3}') for i in range(2000)]
+    csv = 'text\n' + ''.join(row['text'] + '\n' for row in rows)
+    for name, content in {'a.md': csv, 'b.csv': csv, 'c.jsonl': rows, 'd.JSON': json.dumps(rows)}.items():
+        plain = write(name, content).read_bytes()
+        expected = read_back(name)
+        parts = pack(plain[:5000], suffix), pack(plain[5000:], suffix)
+        assert read_back(write(name + suffix, b''.join(parts))) == expected
+        file = write(f'cut {name}{suffix}', b''.join(parts)[:-50])
+        refuse([f'cut {name}'], 'prepare.py', dataset=file, tokenizer='byte')
+    file = write(f'e.md{suffix}', pack(b'eeee', suffix))
+    assert 'data/e:' in run('prepare.py', dataset=file, tokenizer='byte').out
+    refuse(['no such file'], 'prepare.py', dataset=f'none.txt{suffix}')
+    refuse(['.jsonl', suffix], 'prepare.py', dataset=write(f'f{suffix}', b''))
+
+
+def test_nulls():
+    """Rows whose text is null are left out and counted, in each kind of file. Missing cells are no nulls."""
+    import datasets
+    rows = [dict(text=text, n=1) for text in ('a', None, 'b', '', None, 'c', None, 'd', None)]
+    datasets.Dataset.from_list(rows).to_parquet('b.parquet')
+    datasets.Dataset.from_list(rows).save_to_disk('saved')
+    for name in (write('a.jsonl', rows), 'b.parquet', 'saved'):
+        out, *texts = read_splits(name)
+        assert ''.join(sum(texts, [])) == 'abcd' and f'rows left out: 4 ({name}' in out
+        assert out.count(': text is null') == 3
+    asked = [dict(prompt='q', completion=answer) for answer in ('a', None, 'b')]
+    out, *texts = read_splits(write('c.jsonl', asked))
+    assert len(sum(texts, [])) == 2 and 'left out: 1 (c.jsonl, line 2: completion is null)' in out
+    file = write('d.jsonl', [dict(text=None)] * 3)
+    refuse(['no text', 'line 1: text is null'], 'prepare.py', '--tokenizer=byte', dataset=file)
+
+
+def test_urls(monkeypatch):
+    """A URL is fetched once, though the data are read more than once. Its copy does not stay."""
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            requests.append(self.path)
+
+    write('a.jsonl.gz', pack(b''.join(b'{"text": "%d"}\n' % i for i in range(20)), '.gz'))
+    Path('temporary').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', 'temporary')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/a.jsonl.gz?download=true'
+        assert sorted(map(int, read_back(url, tokenizer='bpe', vocab_size=257))) == [*range(20)]
+        assert requests == ['/a.jsonl.gz?download=true'] and not os.listdir('temporary')
+        url = url.replace('a.jsonl', 'none.jsonl')
+        refuse([url, 'FileNotFound'], 'prepare.py', '--tokenizer=byte', dataset=url)
+        server.shutdown()
 
 
 # --- chats ------------------------------------------------------------------------------------------------
@@ -1729,6 +1797,7 @@ def test_columns_of_tools():
     ('jsonl', b'{"text": "a"}\n{"text": "\xe9"}', 'line 2'), ('jsonl', '{"text": 7}', 'line 1'),
     ('jsonl', '{"text": "a"}\n{"text": "\\ud800"}\n', 'line 2'), ('csv', 'n,text\n1,a\n2,b,c\n', 'line 3'),
     ('csv', 'n,text\n1,a\n2\n', 'line 3'), ('csv', 'text,text\na,b\n', 'twice'), ('txt', '', 'a.txt'),
+    ('txt', 'a', 'too little'),
     ('jsonl', [dict(text='a'), dict(n=1, body='c')], 'line 2: no column'), ('docx', 'x', '.jsonl'),
     ('jsonl', '{"messages": [], "system": "s"}', 'line 1: the column system'),
     *(('jsonl', [dict(messages=[user('q'), assistant('a')]) | fields], word) for fields, word in [
