@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import tempfile
 import zlib
@@ -44,9 +45,9 @@ val_dataset = ''  # the same for validation; empty: files or a split named valid
 text_column = ''  # column of the text; empty: messages, conversations, a question and its answer, or text
 skip_bad_rows = False  # leave out rows that cannot be read, and count them
 max_docs = 0  # read at most this many documents of each split; 0 reads all
-val_fraction = 0.1  # else: the last of the documents, or of the text where there are fewer than 10
+val_fraction = 0.1  # else: of the documents, drawn by the seed; fewer than 10: the end of the text
 megabytes = 8.0  # size of the built-in corpus
-seed = 1337  # of the built-in corpus
+seed = 1337  # of the built-in corpus, and of which documents are for validation
 # the tokens
 tokenizer = 'o200k_harmony'  # a name that tiktoken knows; byte, char or bpe; a data folder or checkpoint
 vocab_size = 1024  # tokens of bpe, with the 256 bytes and end of text; chats and special_tokens add 6
@@ -107,8 +108,7 @@ def open_sources(downloads):
 
 
 def list_sources(name, downloads):
-    """Yield (split, (name, function that yields parts of documents)) of all that a dataset holds.
-    Files of URLs are copied to the folder `downloads`."""
+    """Yield (split, (name, function that yields parts of documents)) of all that a dataset holds."""
     files = find_files(name)
     for file, split in files.items():
         yield split, (file, partial(read_file, file, downloads))
@@ -139,8 +139,8 @@ def find_files(name):
     chosen = alone or any(map(SPLIT.match, pattern.parts))  # a split that the user names is what to read
     files = {}
     for file in [name] if alone else sorted(filter(os.path.isfile, found)):
-        wanted = f'{" ".join(SUFFIXES)}, or one of these and {" ".join(PACKED)}'
-        check(match_file(file), f'{file}: its suffix must be one of {wanted}')
+        suffixes = ' '.join([*SUFFIXES, *map('.txt{}'.format, PACKED)])
+        check(match_file(file), f'{file}: its suffix must be one of {suffixes}')
         words = [] if chosen else filter(None, map(SPLIT.match, Path(file).relative_to(folder).parts))
         files[file] = next((SPLITS[word[1].lower()] for word in words), 'train')
     is_hub = not glob.has_magic(name) and not match_file(name)
@@ -623,25 +623,43 @@ def train_tokenizer(texts):
 
 # --- from pieces to tokens ----------------------------------------------------------------------------------
 def divide(sources, chats):
-    """Give the last val_fraction of the documents to val, or of the text where there are fewer than 10."""
+    """Give val_fraction of the documents to val, or of the text where there are fewer than 10."""
+    enough = math.inf if dataset == 'builtin' else max(10, 1 / val_fraction)
     documents = 0
     characters = 0
     for _, document, ends in tqdm(read_pieces(sources, chats), 'counting', leave=False):
         documents += ends
         characters += len(str(document))
-    by_text = documents < 10 and not chats
-    held_out = max(1, round(documents * val_fraction))
-    cut = int(characters * (1 - val_fraction)) if by_text else documents - held_out
-    position = 0
+        if documents >= enough:
+            break
+    if documents < 10 and not chats:
+        left = int(characters * (1 - val_fraction))  # for train
+        for _, document, ends in read_pieces(sources, chats):
+            if 0 < left < len(document):
+                yield 'train', document[:left], False
+                document = document[left:]
+                left = 0
+            yield 'train' if left > 0 else 'val', document, ends
+            left -= len(document)
+        return
+    splits = draw_splits(documents)
+    split = next(splits)
     for _, document, ends in read_pieces(sources, chats):
-        size = len(document) if by_text else ends
-        split = 'train' if position < cut else 'val'
-        if by_text and position < cut < position + size:
-            yield 'train', document[:cut - position], False
-            document = document[cut - position:]
-            split = 'val'
         yield split, document, ends
-        position += size
+        split = next(splits) if ends else split
+
+
+def draw_splits(documents):
+    """Yield each document's split. Of each 1 / val_fraction in a row, or of all, one is drawn for val."""
+    if dataset == 'builtin':  # its stories are independent, so the last are as good
+        held_out = max(1, round(documents * val_fraction))
+        yield from itertools.chain(['train'] * (documents - held_out), itertools.repeat('val'))
+    rng = random.Random(seed)
+    size = min(1 / val_fraction, documents)
+    for i in itertools.count():
+        group = range(int(i * size), int((i + 1) * size))
+        drawn = rng.choice(group)
+        yield from ('val' if position == drawn else 'train' for position in group)
 
 
 def encode_batch(batch, encoder, dtype):

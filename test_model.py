@@ -1205,6 +1205,12 @@ def read_back(file, tokenizer='byte', **settings):
     return encoder.decode([*tokens['train'], *tokens['val']]).split(END)[:-1]
 
 
+def arrange(documents):
+    """Documents in the order of the bins: those that are drawn for val come last."""
+    splits = prepare.draw_splits(len(documents))
+    return sorted(documents, key=lambda _: next(splits) == 'val')
+
+
 def test_stories():
     """The seed determines the stories. meta.json has the loss of a model that knows how they are made."""
     stories = list(prepare.builtin_stories(0.05, 1))
@@ -1217,7 +1223,7 @@ def test_stories():
 
 @pytest.mark.parametrize('tokenizer', ['byte', 'char', 'bpe', GPT2, O200K])
 def test_round_trip(tokenizer):
-    """The bins hold the documents as they were, each ended by end of text, the last of them in val.bin."""
+    """The bins hold the documents as they were, each ended by end of text, some of them in val.bin."""
     import datasets
     texts = []
     for i in range(40):
@@ -1230,7 +1236,8 @@ def test_round_trip(tokenizer):
     meta, encoder, tokens = read_data()
     assert meta['dtype'] == ('uint32' if tokenizer == 'o200k_harmony' else 'uint16')
     assert meta['vocab_size'] == encoder.max_token_value + 1 and encoder.name == tokenizer
-    for split, part in (('train', texts[:36]), ('val', texts[36:])):
+    drawn = arrange(texts)
+    for split, part in (('train', drawn[:36]), ('val', drawn[36:])):
         assert encoder.decode(tokens[split]) == ''.join(text + END for text in part)
         assert list(tokens[split]).count(encoder.eot_token) == meta[f'{split}_documents'] == len(part)
         assert meta[f'{split}_tokens'] == len(tokens[split])
@@ -1310,8 +1317,39 @@ def test_text_files():
     assert encoder.decode(tokens['train']) == text[:int(1234 * 0.9)]
     assert encoder.decode(tokens['val']) == text[int(1234 * 0.9):] + END
     documents = [f'line {i}\n\nmore' for i in range(30)]
-    assert read_back(write('a.txt', f'\n{END}\n'.join(documents)), max_docs=20) == documents[:20]
+    found = read_back(write('a.txt', f'\n{END}\n'.join(documents)), max_docs=20)
+    assert found == arrange(documents[:20])
     assert read_data()[0]['train_documents'] == 18
+
+
+@pytest.mark.parametrize('fraction, documents, held_out', [
+    (0.1, 1000, 100), (0.3, 1000, 300), (0.75, 1000, 750), (0.01, 20, 1), (0.01, 250, 3), (0.001, 1000, 1)])
+def test_draw(fraction, documents, held_out):
+    """Validation is drawn by the seed from all of an ordered corpus, one of each 1 / val_fraction."""
+    def read(**settings):
+        make_data('a.jsonl', tokenizer='byte', val_fraction=fraction, **settings)
+        _, encoder, tokens = read_data()
+        return [list(map(int, encoder.decode(tokens[split]).split(END)[:-1])) for split in tokens]
+
+    write('a.jsonl', [dict(text=str(i)) for i in range(documents)])
+    train, val = read()
+    assert sorted(train + val) == [*range(documents)] and train == sorted(train) and val == sorted(val)
+    assert held_out - 1 <= len(val) <= held_out and val
+    assert max(np.diff(val), default=0) < 2 / fraction
+    assert read(num_proc=3) == [train, val] != read(seed=6)
+
+
+def test_draw_of_chats():
+    """Of few chats one is drawn. Files are drawn from as one corpus, up to max_docs documents of it."""
+    chats = [[user('q'), assistant(str(i))] for i in range(4)]
+    read_splits(write('a.jsonl', chats))
+    assert read_data()[0]['val_documents'] == 1
+    for i in range(4):
+        write(f'b{i}.jsonl', [dict(text=f'{i}{j:02}') for j in range(25)])
+    _, train, val = read_splits('b*.jsonl')
+    assert len(val) == 10 and {text[0] for text in val} == {*'0123'}
+    _, *texts = read_splits('b*.jsonl', max_docs=30)
+    assert max(sum(texts, [])) == '104' and texts[1] == val[:3]
 
 
 @needs_vocabulary
@@ -1376,9 +1414,9 @@ def test_rows_as_they_stand():
     rows += [dict(text=text, meta=dict(a=1), id=f'a{text}') for text in texts[9:]]
     rows += [dict(text='late', thinking='x')]
     for name, content in (('a.jsonl', rows), ('b.json', rows), ('c.json', json.dumps(rows, indent=1))):
-        assert read_back(write(name, content)) == [*texts, 'late']
+        assert read_back(write(name, content)) == arrange([*texts, 'late'])
     cells = [text.replace('a, "b"\nc', '"a, ""b""\nc"') + ',1\n' for text in texts]
-    assert read_back(write('d.csv', '\ufefftext,n\n' + ''.join(cells))) == texts
+    assert read_back(write('d.csv', '\ufefftext,n\n' + ''.join(cells))) == arrange(texts)
 
 
 def test_names_that_look_like_patterns():
@@ -1568,7 +1606,8 @@ def test_chat_masks(tokenizer):
     final = '<|channel|>final<|message|>{}<|return|>'
     thought = '<|channel|>analysis<|message|>{}<|end|><|start|>assistant' + final
     turns = [(long[:2], thought.format('A greeting.', 'Hello!')),
-             (long[:4], thought.format('They go.', 'Farewell!')), (short[:1], final.format('2'))] * 6
+             (long[:4], thought.format('They go.', 'Farewell!')), (short[:1], final.format('2'))]
+    turns = sum(arrange([turns[:2], turns[2:]] * 6), [])
     make_data(write('chats.jsonl', [long, short] * 6), tokenizer=tokenizer, vocab_size=300)
     meta, encoder, tokens = read_data()
     mask = np.concatenate([np.fromfile(f'data/{split}_mask.bin', np.uint8) for split in tokens])
