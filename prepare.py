@@ -460,12 +460,19 @@ class Chat:
 
     @cached_property
     def turns(self):
-        """A text for each final answer that is learnt, with all before it, and one for calls at the end."""
-        answers = [(i, one) for i, one in enumerate(self.messages, 1) if one['role'] == 'assistant']
-        spoken = [(i, one.get('channel', 'final')) for i, one in answers if not one.get('tool_calls')]
-        finals = {i for i, channel in spoken if channel == 'final'}
-        texts = [self.render(self.messages[:end]) for end in sorted({*finals, len(self.messages)})]
-        return [text for text in texts if LEARNT in text]
+        """Texts that teach the answers: up to each final one, and up to calls at the end. Where the next text
+        begins with a text, marks included, it teaches the same, and the shorter one is left out."""
+        learnt = {i: one for i, one in enumerate(self.messages, 1)
+                  if one['role'] == 'assistant' and one.get('weight') != 0}
+        ends = [i for i, one in learnt.items()
+                if i == max(learnt) or not one.get('tool_calls') and one.get('channel', 'final') == 'final']
+        rendered = {end: self.render(self.messages[:end]) for end in sorted({*ends, len(self.messages)})}
+        texts = []
+        for end in reversed(ends):
+            begin = rendered[end].removesuffix('<|return|>' + LEARNT) + LEARNT
+            if not (texts and texts[0].startswith(begin)):
+                texts.insert(0, rendered[end])
+        return texts
 
     def render(self, messages, **options):
         """The text of messages, in which TOKEN finds the special tokens and LETTERS stands for other <|."""

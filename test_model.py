@@ -1743,6 +1743,8 @@ def test_harmony(monkeypatch):
         assert ours.prompt(encoder, system['reasoning_effort']) == prompt
         options = dict(system, add_generation_prompt=True, return_dict=False)
         assert template(first + chat, tools=tools, **options) == prompt
+        reasons = [any(turn is not TURNS[0] for turn in turns[:k]) for k in range(1, number % 4 + 1)]
+        assert len(ours.turns) == 1 + sum(reasons)
         whole = make_conversation(first, chat, tools, system, training=True)
         tokens, mask = prepare.encode_turn(encoder, ours.turns[-1])
         assert tokens == theirs.render_conversation_for_training(whole, everything)
@@ -1750,6 +1752,44 @@ def test_harmony(monkeypatch):
         found = template(first + chat, tools=tools or None, **options)
         assert found['input_ids'] == tokens and found['assistant_masks'] == mask
     assert set(sample.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
+
+
+def test_chats_in_one_row():
+    """A text teaches all answers up to its last, where no reasoning of theirs is left out. Of the ends of
+    answers, <|return|> is learnt. Exported templates have the same tokens and masks."""
+    make_data(write('a.jsonl', [[user('q'), assistant('a')]] * 2), tokenizer='byte')
+    encoder = read_data()[1]
+    template = export_tokenizer(encoder).apply_chat_template
+    plain, other = [user('q'), assistant('a')], [user('r'), assistant('b')]
+    thought = [user('s'), assistant('c', thinking='T')]
+    unlearnt = [user('q'), assistant('a', weight=0)]
+    call = call_tools('now')
+    builtin = call_tools('python')
+    said = assistant('w', channel='commentary')
+    think, a, b, c, w = [f'<|channel|>{channel}<|message|>{text}' for channel, text in (
+        ('analysis', 'T'), ('final', 'a'), ('final', 'b'), ('final', 'c'), ('commentary', 'w'))]
+    both = f'{think}<|end|><|start|>assistant{c}<|return|>'
+    now = ' to=functions.now<|channel|>commentary json<|message|>{"what":"a"}<|call|>'
+    python = now.replace('functions.now', 'python').replace('commentary json', 'analysis code')
+    end = '<|return|>'
+    for messages, expected in [
+            (plain * 15 + other, [[a] * 15 + [b + end]]), (plain + other + thought, [[a, b, both]]),
+            (plain + thought + other, [[a, both], [b + end]]), (thought + plain, [[both], [a + end]]),
+            (thought + unlearnt, [[both]]), (unlearnt + other, [[b + end]]),
+            (plain + [assistant('b')], [[a, b + end]]),
+            (plain + [user('r'), said, assistant('b')], [[a, f'{w}<|end|>', f'<|start|>assistant{b}{end}']]),
+            (plain + [user('r'), *call, *other[1:], *plain], [[a, now, b, a + end]]),
+            (plain + [user('r'), *builtin, *other[1:], *plain], [[a, python, b + end], [a + end]]),
+            (plain + [user('r'), *call], [[a, now]]), (plain + [user('r')], [[a + end]])]:
+        texts = prepare.Chat(messages, builtin_tools=['python']).turns
+        assert [text.split(prepare.LEARNT)[1::2] for text in texts] == expected
+        options = dict(return_dict=True, return_assistant_tokens_mask=True, builtin_tools=['python'])
+        while messages[-1]['role'] != 'assistant' or messages[-1].get('weight') == 0:
+            messages = messages[:-1]
+        found = template(messages, **options)
+        assert (found['input_ids'], found['assistant_masks']) == prepare.encode_turn(encoder, texts[-1])
+    row = read_back(write('a.jsonl', [plain * 16] * 2))[0]
+    assert row.count('<|message|>a<|') == 16 and row.count('<|return|>') == 1
 
 
 def test_forms_of_chats():
