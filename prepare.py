@@ -2,7 +2,7 @@
 Turn text into train.bin, val.bin and meta.json: token ids of documents, each with an end-of-text token.
 
     python prepare.py                                                # TinyStories from the Hugging Face hub
-    python prepare.py --dataset='my/texts/*.txt' --tokenizer=gpt2    # local .txt .jsonl .json .csv .parquet
+    python prepare.py --dataset='my/texts/*.txt' --tokenizer=gpt2    # .txt .jsonl .csv .parquet .txt.gz ...
     python prepare.py --dataset=builtin --tokenizer=bpe              # generated stories, needs no network
     python prepare.py --dataset=chats.jsonl                          # messages, or questions and answers
 
@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import tempfile
 import zlib
@@ -39,14 +40,14 @@ from config._stories import builtin_stories
 
 # -----------------------------------------------------------------------------
 # the corpus
-dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; .txt .json[l] .csv .parquet file, glob, URL; builtin
+dataset = 'roneneldan/TinyStories'  # hub NAME[:SUBSET]; a file (.txt .json[l] .csv ...), glob or URL; builtin
 val_dataset = ''  # the same for validation; empty: files or a split named validation, val or dev, if any
 text_column = ''  # column of the text; empty: messages, conversations, a question and its answer, or text
 skip_bad_rows = False  # leave out rows that cannot be read, and count them
 max_docs = 0  # read at most this many documents of each split; 0 reads all
-val_fraction = 0.1  # else: the last of the documents, or of the text where there are fewer than 10
+val_fraction = 0.1  # else: of the documents, drawn by the seed; fewer than 10: the end of the text
 megabytes = 8.0  # size of the built-in corpus
-seed = 1337  # of the built-in corpus
+seed = 1337  # of the built-in corpus, and of which documents are for validation
 # the tokens
 tokenizer = 'o200k_harmony'  # a name that tiktoken knows; byte, char or bpe; a data folder or checkpoint
 vocab_size = 1024  # tokens of bpe, with the 256 bytes and end of text; chats and special_tokens add 6
@@ -58,7 +59,9 @@ num_proc = 0  # threads that tokenise; 0: one per core
 
 # --- sources: {split: [(name, function that yields parts of documents)]} ------------------------------------
 # A document is a text or a Chat. Its parts are (text or Chat, whether it ends); a piece is (split, *part).
-SUFFIXES = '.txt', '.jsonl', '.json', '.csv', '.parquet'
+SUFFIXES = '.txt', '.md', '.jsonl', '.ndjson', '.json', '.csv', '.parquet'
+PACKED = {'.gz': 'gzip', '.bz2': 'bz2', '.zst': 'zstd'}  # a second suffix
+FILE = re.compile(rf'(.+?)({"|".join(SUFFIXES)})({"|".join(PACKED)})?', re.IGNORECASE | re.DOTALL)
 OFFLINE = '; offline: --dataset=builtin or FILE.txt, --tokenizer=byte, char or bpe, or set TIKTOKEN_CACHE_DIR'
 SPLITS = dict(train='train', validation='val', valid='val', val='val', dev='val', test='test')
 SPLIT = re.compile(rf'({"|".join(SPLITS)})(?=[-_.*?[\d]|$)', re.IGNORECASE)  # train-0.csv, not training.csv
@@ -77,18 +80,22 @@ def reading(name, hint=''):
         raise BadInput(f'{name} cannot be read ({type(error).__name__}: {error!s:.400}){hint}') from error
 
 
+class Null(ValueError):
+    """A row has a null in place of a text. It is left out."""
+
+
 def require(good, message):
     """Raise a ValueError with this message unless `good` is true."""
     if not good:
         raise ValueError(message)
 
 
-def open_sources():
+def open_sources(downloads):
     """The sources of train and, where there are any, of val. Prints what is left out."""
-    held_out = [source for _, source in list_sources(val_dataset)] if val_dataset else []
+    held_out = [source for _, source in list_sources(val_dataset, downloads)] if val_dataset else []
     hidden = {os.path.realpath(name) for name, _ in held_out}
     sources = {}
-    for split, source in list_sources(dataset):
+    for split, source in list_sources(dataset, downloads):
         if os.path.realpath(source[0]) not in hidden:
             sources.setdefault(split, []).append(source)
     rest = ', '.join(sources) or 'only files of val_dataset'
@@ -100,11 +107,11 @@ def open_sources():
     return {split: others for split, others in used.items() if others}
 
 
-def list_sources(name):
+def list_sources(name, downloads):
     """Yield (split, (name, function that yields parts of documents)) of all that a dataset holds."""
     files = find_files(name)
     for file, split in files.items():
-        yield split, (file, partial(read_file, file))
+        yield split, (file, partial(read_file, file, downloads))
     if name == 'builtin':
         yield 'train', (name, lambda: ((story, True) for story, _ in builtin_stories(megabytes, seed)))
     elif not files:
@@ -132,17 +139,18 @@ def find_files(name):
     chosen = alone or any(map(SPLIT.match, pattern.parts))  # a split that the user names is what to read
     files = {}
     for file in [name] if alone else sorted(filter(os.path.isfile, found)):
-        check(find_path(file).suffix in SUFFIXES, f'{file}: its suffix must be one of {" ".join(SUFFIXES)}')
+        suffixes = ' '.join([*SUFFIXES, *map('.txt{}'.format, PACKED)])
+        check(match_file(file), f'{file}: its suffix must be one of {suffixes}')
         words = [] if chosen else filter(None, map(SPLIT.match, Path(file).relative_to(folder).parts))
         files[file] = next((SPLITS[word[1].lower()] for word in words), 'train')
-    is_hub = not glob.has_magic(name) and find_path(name).suffix not in SUFFIXES
+    is_hub = not glob.has_magic(name) and not match_file(name)
     check(files or is_hub, f'{name}: no such file')
     return files
 
 
-def find_path(name):
-    """The Path of a file, or that in a URL, without its query."""
-    return Path(re.split('[?#]', name.partition('://')[2])[0] if '://' in name else name)
+def match_file(name):
+    """(stem, suffix, that of a packed file or None) of a file's name or URL, as a match. None for others."""
+    return FILE.fullmatch(re.split('[?#]', name.partition('://')[2])[0] if '://' in name else name)
 
 
 def read_pieces(sources, chats=None):
@@ -167,7 +175,7 @@ def read_source(name, read):
             kinds.add(type(document))
             if not isinstance(document, Exception):
                 yield document, ends
-            elif skip_bad_rows:
+            elif skip_bad_rows or isinstance(document, Null):
                 skipped.append(f'{name}, {ascii(str(document))[1:-1]:.200}' if len(skipped) < 3 else '')
             else:
                 raise document
@@ -182,11 +190,23 @@ def read_hub(split):
     yield from read_documents(arrow_rows(batches))
 
 
-def read_file(file):
-    """Yield the parts of a local file or URL. A URL is first copied to a temporary folder."""
-    suffix = find_path(file).suffix
-    with fsspec.open(f'simplecache::{file}') if '://' in file else open(file, 'rb') as stream:
-        if suffix == '.txt':
+@cache
+def download(url, folder):
+    """The path of a copy of a URL's file in this folder. The data are read more than once."""
+    copy = os.path.join(tempfile.mkdtemp(dir=folder), 'copy')
+    source, path = fsspec.core.url_to_fs(url)
+    source.get_file(path, copy)
+    return copy
+
+
+def read_file(file, downloads):
+    """Yield the parts of a local file or URL."""
+    _, suffix, packed = match_file(file.lower()).groups()
+    with open(download(file, downloads) if '://' in file else file, 'rb') as stream:
+        if packed:
+            import pyarrow  # finds what other readers of .zst do not: that the file was cut
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(stream, PACKED[packed]), PIECE)
+        if suffix in ('.txt', '.md'):
             yield from text_file(read_blocks(stream))
         elif suffix == '.parquet':
             from pyarrow import parquet
@@ -224,7 +244,7 @@ OPTIONS = 'tools builtin_tools reasoning_effort model_identity chat_template_kwa
 UNREAD = '''system system_prompt system_message developer developer_message instructions history functions
     documents choices options thinking enable_thinking response_format knowledge_cutoff current_date
     conversation_start_date chat_template image images audio audios video videos'''.split()  # change a prompt
-skipped = []  # what is wrong with each bad row that was left out; '' from the fourth on
+skipped = []  # what is wrong with each row that was left out; '' from the fourth on
 
 
 def json_rows(lines):
@@ -254,6 +274,8 @@ def csv_rows(lines):
         for row in rows:
             if None in row:
                 row = ValueError('it has more cells than the header')
+            elif None in row.values():  # fewer cells: the others are not there, which is no null
+                row = {name: cell for name, cell in row.items() if cell is not None}
             yield f'line {rows.line_num}', row
     except csv.Error as error:
         raise ValueError(f'the row that begins in line {rows.line_num + 1}: {error}') from error
@@ -296,20 +318,22 @@ def read_documents(rows):
             document = read_row(row)
             str(document).encode()  # raises for half of a surrogate pair
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            kind = LookupError if type(error) is LookupError else ValueError
+            kind = type(error) if type(error) in (LookupError, Null) else ValueError
             document = kind(f'{where}: {error}')
         if str(document):
             yield document, True
 
 
 def read_row(row):
-    """The text or the Chat of a row. Raises ValueError."""
+    """The text or the Chat of a row. Raises ValueError, of which Null is one."""
     if isinstance(row, ValueError):
         raise row
     require(isinstance(row, dict), f'it is no object with columns: {type(row).__name__}')
     columns = find_columns(row)
     chats = columns[0] in ('messages', 'conversations') and not text_column
     for name in columns:
+        if row[name] is None:
+            raise Null(f'{name} is null')
         kind = type(row[name]).__name__
         fits = isinstance(row[name], list if chats else (str, list))
         require(fits, f'the column {name} must not hold {kind}; columns: {", ".join(row):.200}')
@@ -436,12 +460,19 @@ class Chat:
 
     @cached_property
     def turns(self):
-        """A text for each final answer that is learnt, with all before it, and one for calls at the end."""
-        answers = [(i, one) for i, one in enumerate(self.messages, 1) if one['role'] == 'assistant']
-        spoken = [(i, one.get('channel', 'final')) for i, one in answers if not one.get('tool_calls')]
-        finals = {i for i, channel in spoken if channel == 'final'}
-        texts = [self.render(self.messages[:end]) for end in sorted({*finals, len(self.messages)})]
-        return [text for text in texts if LEARNT in text]
+        """Texts that teach the answers: up to each final one, and up to calls at the end. Where the next text
+        begins with a text, marks included, it teaches the same, and the shorter one is left out."""
+        learnt = {i: one for i, one in enumerate(self.messages, 1)
+                  if one['role'] == 'assistant' and one.get('weight') != 0}
+        ends = [i for i, one in learnt.items()
+                if i == max(learnt) or not one.get('tool_calls') and one.get('channel', 'final') == 'final']
+        rendered = {end: self.render(self.messages[:end]) for end in sorted({*ends, len(self.messages)})}
+        texts = []
+        for end in reversed(ends):
+            begin = rendered[end].removesuffix('<|return|>' + LEARNT) + LEARNT
+            if not (texts and texts[0].startswith(begin)):
+                texts.insert(0, rendered[end])
+        return texts
 
     def render(self, messages, **options):
         """The text of messages, in which TOKEN finds the special tokens and LETTERS stands for other <|."""
@@ -599,25 +630,43 @@ def train_tokenizer(texts):
 
 # --- from pieces to tokens ----------------------------------------------------------------------------------
 def divide(sources, chats):
-    """Give the last val_fraction of the documents to val, or of the text where there are fewer than 10."""
+    """Give val_fraction of the documents to val, or of the text where there are fewer than 10."""
+    enough = math.inf if dataset == 'builtin' else max(10, 1 / val_fraction)
     documents = 0
     characters = 0
     for _, document, ends in tqdm(read_pieces(sources, chats), 'counting', leave=False):
         documents += ends
         characters += len(str(document))
-    by_text = documents < 10 and not chats
-    held_out = max(1, round(documents * val_fraction))
-    cut = int(characters * (1 - val_fraction)) if by_text else documents - held_out
-    position = 0
+        if documents >= enough:
+            break
+    if documents < 10 and not chats:
+        left = int(characters * (1 - val_fraction))  # for train
+        for _, document, ends in read_pieces(sources, chats):
+            if 0 < left < len(document):
+                yield 'train', document[:left], False
+                document = document[left:]
+                left = 0
+            yield 'train' if left > 0 else 'val', document, ends
+            left -= len(document)
+        return
+    splits = draw_splits(documents)
+    split = next(splits)
     for _, document, ends in read_pieces(sources, chats):
-        size = len(document) if by_text else ends
-        split = 'train' if position < cut else 'val'
-        if by_text and position < cut < position + size:
-            yield 'train', document[:cut - position], False
-            document = document[cut - position:]
-            split = 'val'
         yield split, document, ends
-        position += size
+        split = next(splits) if ends else split
+
+
+def draw_splits(documents):
+    """Yield each document's split. Of each 1 / val_fraction in a row, or of all, one is drawn for val."""
+    if dataset == 'builtin':  # its stories are independent, so the last are as good
+        held_out = max(1, round(documents * val_fraction))
+        yield from itertools.chain(['train'] * (documents - held_out), itertools.repeat('val'))
+    rng = random.Random(seed)
+    size = min(1 / val_fraction, documents)
+    for i in itertools.count():
+        group = range(int(i * size), int((i + 1) * size))
+        drawn = rng.choice(group)
+        yield from ('val' if position == drawn else 'train' for position in group)
 
 
 def encode_batch(batch, encoder, dtype):
@@ -685,7 +734,7 @@ def write_data(folder, pieces, encoder, chats):
 
 def write_bins(folder, encoded, chats):
     """Write the tokens of each split, and for chats the masks. Returns a Counter of what is written."""
-    counts = Counter()
+    counts = Counter(train_tokens=0, val_tokens=0, train_documents=0, val_documents=0)
     names = ['train', 'val', 'train_mask', 'val_mask'] if chats else ['train', 'val']
     with ExitStack() as stack:
         bins = {name: stack.enter_context(open(folder / f'{name}.bin', 'wb')) for name in names}
@@ -705,9 +754,9 @@ def choose_folder():
     """data_dir, or else data/ and the name of the dataset: data/news for news/*.txt."""
     if data_dir:
         return Path(data_dir)
-    path = find_path(dataset)
-    stem = path.with_suffix('') if path.suffix in SUFFIXES else str(path).partition(':')[0]
-    folder = Path('data', Path(re.sub(r'[*?\[\]]', '', str(stem))).name.strip(' .~') or 'text')  # of ../*.txt
+    file = match_file(dataset)
+    stem = file[1] if file else dataset.partition(':')[0]
+    folder = Path('data', Path(re.sub(r'[*?\[\]]', '', stem)).name.strip(' .~') or 'text')  # of ../*.txt
     if (folder / 'meta.json').exists():
         with reading(folder / 'meta.json'):
             before = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['dataset']
@@ -715,12 +764,12 @@ def choose_folder():
     return folder
 
 
-def main():
+def main(downloads):
     check(0 < val_fraction < 1, f'--val_fraction={val_fraction} must be between 0 and 1')
     check(tokenizer != 'bpe' or 257 <= vocab_size <= 1e7, f'--vocab_size={vocab_size} must be 257 to 1e7')
     least = min(num_proc, max_docs, megabytes)
     check(least >= 0, f'num_proc, max_docs and megabytes must not be negative; one of them is {least}')
-    sources = open_sources()
+    sources = open_sources(downloads)
     folder = choose_folder()
     encoder = None if tokenizer in PATTERNS else load_tokenizer(tokenizer)
     first = next(read_pieces(sources), None)
@@ -736,7 +785,7 @@ def main():
     pieces = read_pieces(sources, chats) if 'val' in sources else divide(sources, chats)
     meta = write_data(folder, pieces, encoder, chats)
     if skipped:
-        print(f'bad rows left out: {len(skipped):,} ({"; ".join(skipped[:3])})')
+        print(f'rows left out: {len(skipped):,} ({"; ".join(skipped[:3])})')
     spelled = meta['spelled_special_tokens']
     if spelled:
         hint = f'{encoder.name} does not have them' if special_tokens else '--special_tokens=True reads them'
@@ -746,5 +795,6 @@ def main():
 
 if __name__ == '__main__':
     globals().update(config.read(__file__)[0])
-    with fail_on((OSError, BadInput)):
-        main()
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with fail_on((OSError, BadInput)), temporary as folder:
+        main(folder)

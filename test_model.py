@@ -17,6 +17,7 @@ import base64
 import contextlib
 import copy
 import gc
+import http.server
 import io
 import itertools
 import json
@@ -30,6 +31,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1209,6 +1212,12 @@ def read_back(file, tokenizer='byte', **settings):
     return encoder.decode([*tokens['train'], *tokens['val']]).split(END)[:-1]
 
 
+def arrange(documents):
+    """Documents in the order of the bins: those that are drawn for val come last."""
+    splits = prepare.draw_splits(len(documents))
+    return sorted(documents, key=lambda _: next(splits) == 'val')
+
+
 def test_stories():
     """The seed determines the stories. meta.json has the loss of a model that knows how they are made."""
     stories = list(prepare.builtin_stories(0.05, 1))
@@ -1221,7 +1230,7 @@ def test_stories():
 
 @pytest.mark.parametrize('tokenizer', ['byte', 'char', 'bpe', GPT2, O200K])
 def test_round_trip(tokenizer):
-    """The bins hold the documents as they were, each ended by end of text, the last of them in val.bin."""
+    """The bins hold the documents as they were, each ended by end of text, some of them in val.bin."""
     import datasets
     texts = []
     for i in range(40):
@@ -1234,7 +1243,8 @@ def test_round_trip(tokenizer):
     meta, encoder, tokens = read_data()
     assert meta['dtype'] == ('uint32' if tokenizer == 'o200k_harmony' else 'uint16')
     assert meta['vocab_size'] == encoder.max_token_value + 1 and encoder.name == tokenizer
-    for split, part in (('train', texts[:36]), ('val', texts[36:])):
+    drawn = arrange(texts)
+    for split, part in (('train', drawn[:36]), ('val', drawn[36:])):
         assert encoder.decode(tokens[split]) == ''.join(text + END for text in part)
         assert list(tokens[split]).count(encoder.eot_token) == meta[f'{split}_documents'] == len(part)
         assert meta[f'{split}_tokens'] == len(tokens[split])
@@ -1422,8 +1432,39 @@ def test_text_files():
     assert encoder.decode(tokens['train']) == text[:int(1234 * 0.9)]
     assert encoder.decode(tokens['val']) == text[int(1234 * 0.9):] + END
     documents = [f'line {i}\n\nmore' for i in range(30)]
-    assert read_back(write('a.txt', f'\n{END}\n'.join(documents)), max_docs=20) == documents[:20]
+    found = read_back(write('a.txt', f'\n{END}\n'.join(documents)), max_docs=20)
+    assert found == arrange(documents[:20])
     assert read_data()[0]['train_documents'] == 18
+
+
+@pytest.mark.parametrize('fraction, documents, held_out', [
+    (0.1, 1000, 100), (0.3, 1000, 300), (0.75, 1000, 750), (0.01, 20, 1), (0.01, 250, 3), (0.001, 1000, 1)])
+def test_draw(fraction, documents, held_out):
+    """Validation is drawn by the seed from all of an ordered corpus, one of each 1 / val_fraction."""
+    def read(**settings):
+        make_data('a.jsonl', tokenizer='byte', val_fraction=fraction, **settings)
+        _, encoder, tokens = read_data()
+        return [list(map(int, encoder.decode(tokens[split]).split(END)[:-1])) for split in tokens]
+
+    write('a.jsonl', [dict(text=str(i)) for i in range(documents)])
+    train, val = read()
+    assert sorted(train + val) == [*range(documents)] and train == sorted(train) and val == sorted(val)
+    assert held_out - 1 <= len(val) <= held_out and val
+    assert max(np.diff(val), default=0) < 2 / fraction
+    assert read(num_proc=3) == [train, val] != read(seed=6)
+
+
+def test_draw_of_chats():
+    """Of few chats one is drawn. Files are drawn from as one corpus, up to max_docs documents of it."""
+    chats = [[user('q'), assistant(str(i))] for i in range(4)]
+    read_splits(write('a.jsonl', chats))
+    assert read_data()[0]['val_documents'] == 1
+    for i in range(4):
+        write(f'b{i}.jsonl', [dict(text=f'{i}{j:02}') for j in range(25)])
+    _, train, val = read_splits('b*.jsonl')
+    assert len(val) == 10 and {text[0] for text in val} == {*'0123'}
+    _, *texts = read_splits('b*.jsonl', max_docs=30)
+    assert max(sum(texts, [])) == '104' and texts[1] == val[:3]
 
 
 @needs_vocabulary
@@ -1488,9 +1529,9 @@ def test_rows_as_they_stand():
     rows += [dict(text=text, meta=dict(a=1), id=f'a{text}') for text in texts[9:]]
     rows += [dict(text='late', thinking='x')]
     for name, content in (('a.jsonl', rows), ('b.json', rows), ('c.json', json.dumps(rows, indent=1))):
-        assert read_back(write(name, content)) == [*texts, 'late']
+        assert read_back(write(name, content)) == arrange([*texts, 'late'])
     cells = [text.replace('a, "b"\nc', '"a, ""b""\nc"') + ',1\n' for text in texts]
-    assert read_back(write('d.csv', '\ufefftext,n\n' + ''.join(cells))) == texts
+    assert read_back(write('d.csv', '\ufefftext,n\n' + ''.join(cells))) == arrange(texts)
 
 
 def test_names_that_look_like_patterns():
@@ -1583,7 +1624,7 @@ def test_bad_rows():
     for tokenizer in ('byte', 'bpe'):
         out, *texts = read_splits(file, tokenizer, vocab_size=300, skip_bad_rows=True)
         assert [len(text) for text in texts] == [2, 1] and texts[0][0] == texts[0][1] == texts[1][0]
-        assert 'bad rows left out: 7 (a.jsonl, line 2' in out and 'line 4' in out and 'line 5' not in out
+        assert 'rows left out: 7 (a.jsonl, line 2' in out and 'line 4' in out and 'line 5' not in out
     write('b.csv', 'n,text\n1,a\n2,b,c\n3,d\n')
     assert read_splits('b.csv', skip_bad_rows=True)[1:] == (['a'], ['d'])
     whole = dict(c=[dict(n=1)] * 3, d=b'{"text": "a"}\n{"text": "\xe9"}\n', e='[{"text": "a"}, {"text": }]')
@@ -1593,6 +1634,71 @@ def test_bad_rows():
         flags = dict(dataset=f'{name}/*.jsonl', data_dir='new', skip_bad_rows=True)
         refuse([f'{name}/other.jsonl'], 'prepare.py', '--tokenizer=byte', **flags)
         assert not list(Path().glob('new/*'))
+
+
+def pack(data, suffix):
+    """The bytes as a packed file holds them."""
+    import pyarrow
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, prepare.PACKED[suffix]) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize('suffix', prepare.PACKED)
+def test_packed_files(suffix):
+    """Packed files are read as what they hold, of one part or of more. One that was cut is refused."""
+    rows = [dict(text=f'{i} {i ** 3}') for i in range(2000)]
+    csv = 'text\n' + ''.join(row['text'] + '\n' for row in rows)
+    for name, content in {'a.md': csv, 'b.csv': csv, 'c.jsonl': rows, 'd.JSON': json.dumps(rows)}.items():
+        plain = write(name, content).read_bytes()
+        expected = read_back(name)
+        parts = pack(plain[:5000], suffix), pack(plain[5000:], suffix)
+        assert read_back(write(name + suffix, b''.join(parts))) == expected
+        file = write(f'cut {name}{suffix}', b''.join(parts)[:-50])
+        refuse([f'cut {name}'], 'prepare.py', dataset=file, tokenizer='byte')
+    file = write(f'e.md{suffix}', pack(b'eeee', suffix))
+    assert 'data/e:' in run('prepare.py', dataset=file, tokenizer='byte').out
+    refuse(['no such file'], 'prepare.py', dataset=f'none.txt{suffix}')
+    refuse(['.jsonl', suffix], 'prepare.py', dataset=write(f'f{suffix}', b''))
+
+
+def test_nulls():
+    """Rows whose text is null are left out and counted, in each kind of file. Missing cells are no nulls."""
+    import datasets
+    rows = [dict(text=text, n=1) for text in ('a', None, 'b', '', None, 'c', None, 'd', None)]
+    datasets.Dataset.from_list(rows).to_parquet('b.parquet')
+    datasets.Dataset.from_list(rows).save_to_disk('saved')
+    for name in (write('a.jsonl', rows), 'b.parquet', 'saved'):
+        out, *texts = read_splits(name)
+        assert ''.join(sum(texts, [])) == 'abcd' and f'rows left out: 4 ({name}' in out
+        assert out.count(': text is null') == 3
+    asked = [dict(prompt='q', completion=answer) for answer in ('a', None, 'b')]
+    out, *texts = read_splits(write('c.jsonl', asked))
+    assert len(sum(texts, [])) == 2 and 'left out: 1 (c.jsonl, line 2: completion is null)' in out
+    file = write('d.jsonl', [dict(text=None)] * 3)
+    refuse(['no text', 'line 1: text is null'], 'prepare.py', '--tokenizer=byte', dataset=file)
+
+
+def test_urls(monkeypatch):
+    """A URL is fetched once, though the data are read more than once. Its copy does not stay."""
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            requests.append(self.path)
+
+    write('a.jsonl.gz', pack(b''.join(b'{"text": "%d"}\n' % i for i in range(20)), '.gz'))
+    Path('temporary').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', 'temporary')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/a.jsonl.gz?download=true'
+        assert sorted(map(int, read_back(url, tokenizer='bpe', vocab_size=257))) == [*range(20)]
+        assert requests == ['/a.jsonl.gz?download=true'] and not os.listdir('temporary')
+        url = url.replace('a.jsonl', 'none.jsonl')
+        refuse([url, 'FileNotFound'], 'prepare.py', '--tokenizer=byte', dataset=url)
+        server.shutdown()
 
 
 # --- chats ------------------------------------------------------------------------------------------------
@@ -1615,7 +1721,8 @@ def test_chat_masks(tokenizer):
     final = '<|channel|>final<|message|>{}<|return|>'
     thought = '<|channel|>analysis<|message|>{}<|end|><|start|>assistant' + final
     turns = [(long[:2], thought.format('A greeting.', 'Hello!')),
-             (long[:4], thought.format('They go.', 'Farewell!')), (short[:1], final.format('2'))] * 6
+             (long[:4], thought.format('They go.', 'Farewell!')), (short[:1], final.format('2'))]
+    turns = sum(arrange([turns[:2], turns[2:]] * 6), [])
     make_data(write('chats.jsonl', [long, short] * 6), tokenizer=tokenizer, vocab_size=300)
     meta, encoder, tokens = read_data()
     mask = np.concatenate([np.fromfile(f'data/{split}_mask.bin', np.uint8) for split in tokens])
@@ -1751,6 +1858,8 @@ def test_harmony(monkeypatch):
         assert ours.prompt(encoder, system['reasoning_effort']) == prompt
         options = dict(system, add_generation_prompt=True, return_dict=False)
         assert template(first + chat, tools=tools, **options) == prompt
+        reasons = [any(turn is not TURNS[0] for turn in turns[:k]) for k in range(1, number % 4 + 1)]
+        assert len(ours.turns) == 1 + sum(reasons)
         whole = make_conversation(first, chat, tools, system, training=True)
         tokens, mask = prepare.encode_turn(encoder, ours.turns[-1])
         assert tokens == theirs.render_conversation_for_training(whole, everything)
@@ -1758,6 +1867,44 @@ def test_harmony(monkeypatch):
         found = template(first + chat, tools=tools or None, **options)
         assert found['input_ids'] == tokens and found['assistant_masks'] == mask
     assert set(sample.stop_tokens(encoder)) == {199999, *theirs.stop_tokens_for_assistant_actions()}
+
+
+def test_chats_in_one_row():
+    """A text teaches all answers up to its last, where no reasoning of theirs is left out. Of the ends of
+    answers, <|return|> is learnt. Exported templates have the same tokens and masks."""
+    make_data(write('a.jsonl', [[user('q'), assistant('a')]] * 2), tokenizer='byte')
+    encoder = read_data()[1]
+    template = export_tokenizer(encoder).apply_chat_template
+    plain, other = [user('q'), assistant('a')], [user('r'), assistant('b')]
+    thought = [user('s'), assistant('c', thinking='T')]
+    unlearnt = [user('q'), assistant('a', weight=0)]
+    call = call_tools('now')
+    builtin = call_tools('python')
+    said = assistant('w', channel='commentary')
+    think, a, b, c, w = [f'<|channel|>{channel}<|message|>{text}' for channel, text in (
+        ('analysis', 'T'), ('final', 'a'), ('final', 'b'), ('final', 'c'), ('commentary', 'w'))]
+    both = f'{think}<|end|><|start|>assistant{c}<|return|>'
+    now = ' to=functions.now<|channel|>commentary json<|message|>{"what":"a"}<|call|>'
+    python = now.replace('functions.now', 'python').replace('commentary json', 'analysis code')
+    end = '<|return|>'
+    for messages, expected in [
+            (plain * 15 + other, [[a] * 15 + [b + end]]), (plain + other + thought, [[a, b, both]]),
+            (plain + thought + other, [[a, both], [b + end]]), (thought + plain, [[both], [a + end]]),
+            (thought + unlearnt, [[both]]), (unlearnt + other, [[b + end]]),
+            (plain + [assistant('b')], [[a, b + end]]),
+            (plain + [user('r'), said, assistant('b')], [[a, f'{w}<|end|>', f'<|start|>assistant{b}{end}']]),
+            (plain + [user('r'), *call, *other[1:], *plain], [[a, now, b, a + end]]),
+            (plain + [user('r'), *builtin, *other[1:], *plain], [[a, python, b + end], [a + end]]),
+            (plain + [user('r'), *call], [[a, now]]), (plain + [user('r')], [[a + end]])]:
+        texts = prepare.Chat(messages, builtin_tools=['python']).turns
+        assert [text.split(prepare.LEARNT)[1::2] for text in texts] == expected
+        options = dict(return_dict=True, return_assistant_tokens_mask=True, builtin_tools=['python'])
+        while messages[-1]['role'] != 'assistant' or messages[-1].get('weight') == 0:
+            messages = messages[:-1]
+        found = template(messages, **options)
+        assert (found['input_ids'], found['assistant_masks']) == prepare.encode_turn(encoder, texts[-1])
+    row = read_back(write('a.jsonl', [plain * 16] * 2))[0]
+    assert row.count('<|message|>a<|') == 16 and row.count('<|return|>') == 1
 
 
 def test_forms_of_chats():
@@ -1844,6 +1991,7 @@ def test_columns_of_tools():
     ('jsonl', b'{"text": "a"}\n{"text": "\xe9"}', 'line 2'), ('jsonl', '{"text": 7}', 'line 1'),
     ('jsonl', '{"text": "a"}\n{"text": "\\ud800"}\n', 'line 2'), ('csv', 'n,text\n1,a\n2,b,c\n', 'line 3'),
     ('csv', 'n,text\n1,a\n2\n', 'line 3'), ('csv', 'text,text\na,b\n', 'twice'), ('txt', '', 'a.txt'),
+    ('txt', 'a', 'too little'),
     ('jsonl', [dict(text='a'), dict(n=1, body='c')], 'line 2: no column'), ('docx', 'x', '.jsonl'),
     ('jsonl', '{"messages": [], "system": "s"}', 'line 1: the column system'),
     *(('jsonl', [dict(messages=[user('q'), assistant('a')]) | fields], word) for fields, word in [
