@@ -168,11 +168,13 @@ def test_parity(T, changes, device, part_one, tmp_path, monkeypatch):
         logits, loss = gpt(idx, targets)
         loss.backward()
         results.append((logits, gradients(gpt), gpt.generate(idx, 8, temperature=0)))
-        assert (logits - expected_logits).abs().max() <= tolerance and abs(loss - expected_loss) <= 1e-5
+        assert (logits - expected_logits).abs().max() <= tolerance
+        assert abs(loss - expected_loss) <= 1e-5
         assert_gradients(gradients(gpt), gradients(theirs), tolerance)
         check_loss_alone(gpt, idx, targets, expected_loss, gradients(gpt))
     for logits, found, text in results[1:]:
-        assert off(logits, results[0][0]) < 1e-5 and torch.equal(text, results[0][2])
+        assert off(logits, results[0][0]) < 1e-5
+        assert torch.equal(text, results[0][2])
         assert_gradients(found, results[0][1], tolerance)
 
 
@@ -371,7 +373,8 @@ def check_experts(kind, way, rows, dtype, tolerance, device='cpu'):
         y = experts(*inputs)
         with torch.no_grad():
             evaluated = experts.eval()(*inputs)
-    assert y.dtype == dtype and off(y, expected_y) < tolerance and off(evaluated, expected_y) < tolerance
+    assert y.dtype == dtype and off(y, expected_y) < tolerance
+    assert off(evaluated, expected_y) < tolerance
     for gradient, theirs in zip(torch.autograd.grad((y.float() * weight).sum(), wanted), expected):
         assert off(gradient, theirs) < tolerance
         assert len(gradient) != 5 or not gradient[[1, 4]].any()  # no rows, no gradient
@@ -425,7 +428,8 @@ def test_loss_in_chunks(dtype, tolerance, device):
     found = torch.autograd.grad(loss, (x, w))
     expected = torch.autograd.grad(expected_loss, (x, w))
     assert off(loss, expected_loss) < tolerance
-    assert off(found[0], expected[0].float()) < tolerance and off(found[1], expected[1]) < tolerance
+    assert off(found[0], expected[0].float()) < tolerance
+    assert off(found[1], expected[1]) < tolerance
 
 
 def test_loss_in_float16(device):
@@ -438,7 +442,8 @@ def test_loss_in_float16(device):
         inputs = x.to(dtype).requires_grad_(), w.clone().requires_grad_()
         loss = model.LinearCrossEntropy.apply(*inputs, targets, True)
         gradients.append(torch.autograd.grad(loss / len(x) * 2 ** 17, inputs))
-    assert off(gradients[0][0], gradients[1][0]) < 0.01 and off(gradients[0][1], gradients[1][1]) < 0.01
+    assert off(gradients[0][0], gradients[1][0]) < 0.01
+    assert off(gradients[0][1], gradients[1][1]) < 0.01
 
 
 # --- the whole model in other ways ------------------------------------------------------------------------
@@ -458,7 +463,8 @@ def check_autocast(dtype, bounds, device='cpu', compiled=False, recompute=False,
         with torch.autocast(device, dtype):
             logits, loss = run(idx, targets, return_logits)
         (1024 * loss).backward()  # because float16 has no small numbers
-        assert loss.dtype == torch.float32 and abs(loss - exact_loss) < torch.finfo(dtype).eps
+        assert loss.dtype == torch.float32
+        assert abs(loss - exact_loss) < torch.finfo(dtype).eps
         assert not return_logits or logits.dtype == dtype and off(logits, exact) < bounds[0]
         for name, gradient in gradients(gpt).items():
             error = off(gradient / 1024, expected[name])
@@ -547,7 +553,8 @@ def test_nothing_is_quadratic(flash, monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(keep, print):
             gpt(idx, idx, return_logits=False)
         largest.append(max(sizes))
-    assert largest[1] < min(2.1 * largest[0], 4 * 2048 ** 2) and largest[2] < 4 * 2048 * 50000 / 2
+    assert largest[1] < min(2.1 * largest[0], 4 * 2048 ** 2)
+    assert largest[2] < 4 * 2048 * 50000 / 2
 
 
 # --- cache and sampling -----------------------------------------------------------------------------------
@@ -587,7 +594,8 @@ def test_generate():
     gpt = make()
     idx = torch.randint(97, (3, 5))
     greedy = gpt.generate(idx, 30, temperature=0)
-    assert gpt.training and greedy.shape == (3, 35) and torch.equal(greedy[:, :5], idx)
+    assert gpt.training and greedy.shape == (3, 35)
+    assert torch.equal(greedy[:, :5], idx)
     gpt.eval()
     for t in range(5, 35):
         assert torch.equal(gpt(greedy[:, :t])[0][:, -1].argmax(-1), greedy[:, t])
@@ -638,7 +646,8 @@ def test_optimizers(muon_lr):
     decayed, rest, *hidden = [[names[p] for p in group['params']] for group in groups]
     hidden = list(itertools.chain(*hidden))
     assert sorted(decayed + rest + hidden) == sorted(names.values())
-    assert len(hidden) == (7 * 3 if muon_lr else 0) and len(decayed + hidden) == 7 * 3 + 2
+    assert len(hidden) == (7 * 3 if muon_lr else 0)
+    assert len(decayed + hidden) == 7 * 3 + 2
     for name in decayed + hidden:
         assert 'norm' not in name and not name.endswith(('bias', 'sinks'))
 
@@ -1027,7 +1036,8 @@ def test_lora(device):
     optimizer, = gpt.configure_optimizers(1e-3, 0.01, (0.9, 0.95), 0.1)  # AdamW, of the adapters alone
     assert sum(len(group['params']) for group in optimizer.param_groups) == len(adapters)
     gpt.merge_lora()
-    assert list(map(type, gpt.modules())) == list(map(type, plain.modules())) and gpt.lora is None
+    assert list(map(type, gpt.modules())) == list(map(type, plain.modules()))
+    assert gpt.lora is None
     assert all(p.requires_grad for p in gpt.parameters())
     torch.testing.assert_close(gpt.state_dict(), plain.state_dict() | merged)
 
@@ -1043,7 +1053,8 @@ def test_adapter_files(experts, tmp_path):
     gpt = GPT.from_pretrained(base, torch.float32, experts=experts, sliding_window=3)
     new = copy.deepcopy(gpt)
     new.add_lora(3, 6.0)
-    assert off(new(idx)[0], plain(idx)[0]) < 1e-5 and new.recompute == bool(experts)  # it changes nothing
+    assert off(new(idx)[0], plain(idx)[0]) < 1e-5
+    assert new.recompute == bool(experts)
     for one in (gpt, plain):
         adapt(one)(idx, idx)[1].backward()
     assert_gradients(gradients(gpt), gradients(plain), 1e-6)
@@ -1052,7 +1063,8 @@ def test_adapter_files(experts, tmp_path):
     size = sum(p.nbytes for p in gpt.parameters() if p.requires_grad)
     assert sum(file.stat().st_size for file in folder.iterdir()) < size + 10000
     loaded = GPT.from_pretrained(folder, torch.float32, experts=experts)
-    assert torch.equal(loaded(idx)[0], gpt(idx)[0]) and loaded.config.sliding_window == 3
+    assert torch.equal(loaded(idx)[0], gpt(idx)[0])
+    assert loaded.config.sliding_window == 3
     assert model.read_shape(folder) == (loaded.config, dict(lora_rank=3, lora_alpha=6.0))
     for words, wrong in (
             ('whole model', lambda: gpt.save_adapter(base)), ('already', lambda: gpt.add_lora(3, 6.0)),
@@ -1282,7 +1294,8 @@ def test_round_trip(tokenizer):
     make_data(f'*.{suffix}', tokenizer=tokenizer, text_column='story', vocab_size=400)
     meta, encoder, tokens = read_data()
     assert meta['dtype'] == ('uint32' if tokenizer == 'o200k_harmony' else 'uint16')
-    assert meta['vocab_size'] == encoder.max_token_value + 1 and encoder.name == tokenizer
+    assert meta['vocab_size'] == encoder.max_token_value + 1
+    assert encoder.name == tokenizer
     drawn = arrange(texts)
     for split, part in (('train', drawn[:36]), ('val', drawn[36:])):
         assert encoder.decode(tokens[split]) == ''.join(text + END for text in part)
@@ -1301,7 +1314,8 @@ def test_round_trip(tokenizer):
         theirs.save_pretrained('theirs')
         again = sample.read_tokenizer(Path('theirs/tokenizer.json'))
         assert all(again.encode_ordinary(text) == encoder.encode_ordinary(text) for text in texts)
-        assert again.eot_token == encoder.eot_token and again.n_vocab == encoder.n_vocab
+        assert again.eot_token == encoder.eot_token
+        assert again.n_vocab == encoder.n_vocab
 
 
 @pytest.mark.parametrize('name, splitter', [
@@ -1320,8 +1334,10 @@ def test_gap(name, splitter):
     texts = ('\xff', 'th', END, 'the', '<|unused_259|>', 'ab', '<|unused_261|>')
     assert found['token_list'][32:34] + found['token_list'][255:] == ('\u0120', '!', *texts)
     assert found['token_types'][255:] == (1, 1, 3, 1, 3, 1, 5)  # NORMAL, CONTROL, UNUSED
-    assert found['token_merges'] == ['t h', 'th e', 'a b'] and found['tokenizer_pre'] == splitter
-    assert found['bos_token_id'] == found['eos_token_id'] == 257 and 'chat_template' not in found
+    assert found['token_merges'] == ['t h', 'th e', 'a b']
+    assert found['tokenizer_pre'] == splitter
+    assert found['bos_token_id'] == found['eos_token_id'] == 257
+    assert 'chat_template' not in found
 
 
 def export_tokenizer(encoder):
@@ -1364,7 +1380,8 @@ def test_export():
 
     make(max_position_embeddings=2048).save_pretrained('usual')  # 32 times as long as the original context
     said = run('sample.py', init_from='usual', tokenizer_from='data', export='again', device='cpu').out
-    assert 'wrong outputs' not in said and sorted(os.listdir('again')) == sorted(os.listdir('out'))
+    assert 'wrong outputs' not in said
+    assert sorted(os.listdir('again')) == sorted(os.listdir('out'))
 
     theirs.save_pretrained('theirs')  # without a tokenizer
     file = Path('theirs/tokenizer.json')
@@ -1423,7 +1440,8 @@ def test_gguf(dtype, experts):
         elif experts and 'exps' in tensor.name:
             kind = 'MXFP4'
             right = MXFP4.pack(right.mT).unpack().mT
-        assert tensor.tensor_type.name == kind and tensor.shape.tolist()[::-1] == list(right.shape)
+        assert tensor.tensor_type.name == kind
+        assert tensor.shape.tolist()[::-1] == list(right.shape)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert torch.equal(torch.tensor(values), right.float())
     kinds = dict(float32=0, bfloat16=32, float16=38)
@@ -1441,11 +1459,15 @@ def test_gguf_metadata():
         refuse(['the disk is full'], 'sample.py', *flags)
     assert os.listdir('new') == []
     said = run('sample.py', *flags).out
-    assert 'swiglu_limit' in said and 'rope_beta_slow' in said and 'transformers' not in said
+    assert 'swiglu_limit' in said
+    assert 'rope_beta_slow' in said
+    assert 'transformers' not in said
     fields = gguf.GGUFReader('new/story.gguf').fields
     found = {name.split('.', 1)[1]: field.contents() for name, field in fields.items() if '.' in name}
     eps = found.pop('attention.layer_norm_rms_epsilon')
-    assert eps == pytest.approx(1e-5) and found['architecture'] == 'gpt-oss' and found['name'] == 'story'
+    assert eps == pytest.approx(1e-5)
+    assert found['architecture'] == 'gpt-oss'
+    assert found['name'] == 'story'
     right = {
         'block_count': 3, 'embedding_length': 48, 'feed_forward_length': 40, 'expert_feed_forward_length': 40,
         'attention.head_count': 6, 'attention.head_count_kv': 2, 'attention.key_length': 10,
@@ -1488,7 +1510,8 @@ def test_draw(fraction, documents, held_out):
 
     write('a.jsonl', [dict(text=str(i)) for i in range(documents)])
     train, val = read()
-    assert sorted(train + val) == [*range(documents)] and train == sorted(train) and val == sorted(val)
+    assert sorted(train + val) == [*range(documents)]
+    assert train == sorted(train) and val == sorted(val)
     assert held_out - 1 <= len(val) <= held_out and val
     assert max(np.diff(val), default=0) < 2 / fraction
     assert read(num_proc=3) == [train, val] != read(seed=6)
@@ -1514,7 +1537,8 @@ def test_cuts_change_nothing(monkeypatch):
     monkeypatch.setattr(prepare, 'RUN', 4)
     text = ''.join(story for story, _ in prepare.builtin_stories(0.3, 0)) + "it's  a test... 12345\n\n\tdone"
     pieces, ends = zip(*prepare.text_file(text.splitlines(keepends=True)))
-    assert len(pieces) > 100 and ''.join(pieces) == text and ends.index(True) == len(pieces) - 1
+    assert len(pieces) > 100 and ''.join(pieces) == text
+    assert ends.index(True) == len(pieces) - 1
     rng = random.Random(0)
     parts = ['a', 'B', 'é', '日', '12', ' ', '  ', '\n', '\n\n', '\t', '!', '/', "'s", '_', '\u3000', END]
     for encoder in map(tiktoken.get_encoding, ('gpt2', 'o200k_harmony')):
@@ -1598,7 +1622,8 @@ def test_default_folder(tmp_path):
         assert f'data/{folder}: ' in run('prepare.py', dataset=name, tokenizer='byte').out
     for name in ('.', '..', '../', '/', url.replace('b.txt', 'b')):
         refuse([name], 'prepare.py', dataset=name, tokenizer='byte')
-    assert sorted(os.listdir('data')) == ['a', 'b', 'text'] and os.listdir() == ['data']
+    assert sorted(os.listdir('data')) == ['a', 'b', 'text']
+    assert os.listdir() == ['data']
 
 
 def read_splits(name, tokenizer='byte', **settings):
@@ -1615,9 +1640,11 @@ def test_splits():
         write(f'hub/{name}.jsonl', [dict(text=name)] * 2)
     train = ['train-0'] * 2 + ['train-1'] * 2
     out, *texts = read_splits('hub/*.jsonl')
-    assert texts == [train, ['validation-0'] * 2] and 'test is left out (hub/test-0.jsonl)' in out
+    assert texts == [train, ['validation-0'] * 2]
+    assert 'test is left out (hub/test-0.jsonl)' in out
     out, *texts = read_splits('h*/*.jsonl', val_dataset='hub/train-1.jsonl')
-    assert texts == [train[:2], train[2:]] and 'validation-0.jsonl' in out and 'test-0.jsonl' in out
+    assert texts == [train[:2], train[2:]]
+    assert 'validation-0.jsonl' in out and 'test-0.jsonl' in out
     _, *texts = read_splits('hub/test-*.jsonl')  # as the user names it
     assert ''.join(sum(texts, [])) == 'test-0' * 2
     refuse(['no split named train, but test;'], 'prepare.py', dataset='hub/*s*.jsonl')
@@ -1643,7 +1670,8 @@ def test_saved_datasets():
     datasets.DatasetDict(rows).save_to_disk('all')
     rows['test'].save_to_disk('one')
     out, *texts = read_splits('all/')
-    assert texts == [['train'] * 4, ['validation'] * 4] and 'test is left out' in out
+    assert texts == [['train'] * 4, ['validation'] * 4]
+    assert 'test is left out' in out
     _, *texts = read_splits('one', max_docs=3)
     assert ''.join(sum(texts, [])) == 'test' * 3
     assert read_splits('all', val_dataset='all/test')[2] == ['test'] * 4
@@ -1663,8 +1691,10 @@ def test_bad_rows():
     refuse(['line 2', 'no answer'], 'prepare.py', dataset=file, tokenizer='byte')
     for tokenizer in ('byte', 'bpe'):
         out, *texts = read_splits(file, tokenizer, vocab_size=300, skip_bad_rows=True)
-        assert [len(text) for text in texts] == [2, 1] and texts[0][0] == texts[0][1] == texts[1][0]
-        assert 'rows left out: 7 (a.jsonl, line 2' in out and 'line 4' in out and 'line 5' not in out
+        assert [len(text) for text in texts] == [2, 1]
+        assert texts[0][0] == texts[0][1] == texts[1][0]
+        assert 'rows left out: 7 (a.jsonl, line 2' in out
+        assert 'line 4' in out and 'line 5' not in out
     write('b.csv', 'n,text\n1,a\n2,b,c\n3,d\n')
     assert read_splits('b.csv', skip_bad_rows=True)[1:] == (['a'], ['d'])
     whole = dict(c=[dict(n=1)] * 3, d=b'{"text": "a"}\n{"text": "\xe9"}\n', e='[{"text": "a"}, {"text": }]')
@@ -1711,11 +1741,13 @@ def test_nulls():
     datasets.Dataset.from_list(rows).save_to_disk('saved')
     for name in (write('a.jsonl', rows), 'b.parquet', 'saved'):
         out, *texts = read_splits(name)
-        assert ''.join(sum(texts, [])) == 'abcd' and f'rows left out: 4 ({name}' in out
+        assert ''.join(sum(texts, [])) == 'abcd'
+        assert f'rows left out: 4 ({name}' in out
         assert out.count(': text is null') == 3
     asked = [dict(prompt='q', completion=answer) for answer in ('a', None, 'b')]
     out, *texts = read_splits(write('c.jsonl', asked))
-    assert len(sum(texts, [])) == 2 and 'left out: 1 (c.jsonl, line 2: completion is null)' in out
+    assert len(sum(texts, [])) == 2
+    assert 'left out: 1 (c.jsonl, line 2: completion is null)' in out
     file = write('d.jsonl', [dict(text=None)] * 3)
     refuse(['no text', 'line 1: text is null'], 'prepare.py', '--tokenizer=byte', dataset=file)
 
@@ -1735,7 +1767,8 @@ def test_urls(monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f'http://127.0.0.1:{server.server_port}/a.jsonl.gz?download=true'
         assert sorted(map(int, read_back(url, tokenizer='bpe', vocab_size=257))) == [*range(20)]
-        assert requests == ['/a.jsonl.gz?download=true'] and not os.listdir('temporary')
+        assert requests == ['/a.jsonl.gz?download=true']
+        assert not os.listdir('temporary')
         url = url.replace('a.jsonl', 'none.jsonl')
         refuse([url, 'FileNotFound'], 'prepare.py', '--tokenizer=byte', dataset=url)
         server.shutdown()
@@ -1767,7 +1800,8 @@ def test_chat_masks(tokenizer):
     meta, encoder, tokens = read_data()
     mask = np.concatenate([np.fromfile(f'data/{split}_mask.bin', np.uint8) for split in tokens])
     tokens = np.append(tokens['train'], tokens['val'])
-    assert len(mask) == len(tokens) and meta['train_targets'] + meta['val_targets'] == mask.sum()
+    assert len(mask) == len(tokens)
+    assert meta['train_targets'] + meta['val_targets'] == mask.sum()
     assert meta['train_bytes'] + meta['val_bytes'] == sum(len(answer) for _, answer in turns)
     ends = np.flatnonzero(tokens == encoder.eot_token)
     assert len(ends) == len(turns) and not mask[ends].any()
@@ -1961,7 +1995,8 @@ def test_forms_of_chats():
     assert read(assistant('a', reasoning='T', thinking='T', train=True, **empty)) == expected
     for fields in (dict(weight=0), dict(train=False)):
         document = read(assistant('a', **fields), user('r'), assistant('b'))
-        assert '<|message|>a<|end|>' in document and document.endswith('<|message|>b<|return|>')
+        assert '<|message|>a<|end|>' in document
+        assert document.endswith('<|message|>b<|return|>')
     share = [{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]
     same = [dict(role='system', content='s'), user('q'), assistant('a')]
     found = read_back(write('b.jsonl', [dict(conversations=share)] * 3))
@@ -2131,14 +2166,16 @@ def test_train(fox):
     assert all(1 / 8 <= fraction <= 1 for fraction in last['expert_load_max'])
     assert all(0 < fraction <= 1 / 8 for fraction in last['expert_load_min'])
     row = next(row for row in rows if row['step'] == 60 and 'train_loss' in row)
-    assert row['tokens'] == 60 * 64 and row['lr'] > 0 and 0.9 < row['balance_loss'] < 8
+    assert row['tokens'] == 60 * 64 and row['lr'] > 0
+    assert 0.9 < row['balance_loss'] < 8
 
 
 def test_sample(fox):
     """Greedy samples are what was learned, others follow from the seed, and a prompt can be in a file."""
     flags = [f'--out_dir={fox}/out', '--max_new_tokens=30', '--device=cpu', '--dtype=float32']
     result = run('sample.py', *flags, start='the quick', temperature=0, num_samples=2)
-    assert result.out.count('the quick brown fox jumps') == 2 and 'tokens/s' in result.err
+    assert result.out.count('the quick brown fox jumps') == 2
+    assert 'tokens/s' in result.err
     write('prompt.txt', 'the lazy')
     result = run('sample.py', *flags, start='FILE:prompt.txt', temperature=0, init_from=fox / 'out/last')
     assert result.out.startswith('the lazy dog')
@@ -2157,14 +2194,18 @@ def test_batches_of_samples(fox, monkeypatch):
     names['draw_rows'].__globals__.update(temperature=4.0)
     first = list(drawn)
     ends = {len(row) for row in rows}
-    assert len(ends) > 2 and first == [token for token in rows[0] if token != encoder.eot_token]
+    assert len(ends) > 2
+    assert first == [token for token in rows[0] if token != encoder.eot_token]
     for row in rows:
-        assert encoder.eot_token not in row[:-1] and (len(row) == 90 or row[-1] == encoder.eot_token)
+        assert encoder.eot_token not in row[:-1]
+        assert len(row) == 90 or row[-1] == encoder.eot_token
     said = run('sample.py', *flags, temperature=0, stop='ox,dog', num_samples=17)
-    assert said.out.splitlines() == ['the quick brown f'] * 17 and said.err.count('tokens/s') == 2
+    assert said.out.splitlines() == ['the quick brown f'] * 17
+    assert said.err.count('tokens/s') == 2
     said = run('sample.py', *flags, temperature=0, logprobs=True).out
     rows = re.findall(r"^('.+?') +(\S+)   ('.+?') (\S+)  .*$", said, re.MULTILINE)
-    assert len(rows) > 40 and all(row[:2] == row[2:] for row in rows)  # greedy: the likeliest
+    assert len(rows) > 40
+    assert all(row[:2] == row[2:] for row in rows)
 
 
 def test_evaluate(flags, fox):
@@ -2190,7 +2231,8 @@ def test_epochs_and_schedule(flags):
     drawn = [names['shuffle_epoch'](epoch)[:, 0].tolist() for epoch in range(6)]
     epochs = [sorted(starts) for starts in drawn]
     for starts in epochs:
-        assert len(starts) == names['rows_per_epoch'] and set(np.diff(starts)) == {16}
+        assert len(starts) == names['rows_per_epoch']
+        assert set(np.diff(starts)) == {16}
         assert 0 <= starts[0] and starts[-1] + 16 < names['sizes']['train']
     assert len({starts[0] for starts in epochs}) > 1
     assert drawn[0] not in (epochs[0], drawn[1])
@@ -2236,7 +2278,8 @@ def test_validation_rows(flags):
         predicted += range(start + 1, stop + 1)
         logits = names['model'].eval()(tokens[None, start:stop], tokens[None, start + 1:stop + 1])[0][0]
         losses.append(F.cross_entropy(logits, tokens[start + 1:stop + 1], reduction='none'))
-    assert predicted == list(range(1, len(predicted) + 1)) and len(predicted) > len(tokens) - 18
+    assert predicted == list(range(1, len(predicted) + 1))
+    assert len(predicted) > len(tokens) - 18
     assert names['evaluate']() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
@@ -2278,7 +2321,8 @@ def test_counted_tokens_and_float16(flags):
     run('train.py', *flags, init_from='resume', max_iters=4, block_size=8, batch_size=2)
     assert {row['step']: row['tokens'] for row in read_metrics()} == {0: 0, 1: 64, 2: 128, 3: 144, 4: 160}
     run('train.py', *flags, '--overwrite', dtype='float16', max_iters=40)
-    assert read_metrics()[-1]['val_loss'] < 2.7 and read_state()['scaler']['scale'] > 1
+    assert read_metrics()[-1]['val_loss'] < 2.7
+    assert read_state()['scaler']['scale'] > 1
 
 
 def test_not_finite(flags):
@@ -2321,7 +2365,8 @@ def test_kept_checkpoints(flags):
     """keep_every keeps weights, which replace nothing and which a run that replaces this one removes."""
     run('train.py', *SHAPE, *flags, max_iters=9, eval_interval=2, keep_every=2)
     kept = {path.name for path in Path('out').glob('step-*')}
-    assert kept == {'step-4', 'step-8'} and read_state('out/step-4')['step'] == 4
+    assert kept == {'step-4', 'step-8'}
+    assert read_state('out/step-4')['step'] == 4
     assert not Path('out/step-4/optimizer.safetensors').exists()
     refuse(['step-4', 'overwrite'], 'train.py', *flags, '--overwrite', init_from='out/step-4')
     loss = [row for row in read_metrics() if row['step'] == 4 and 'val_loss' in row][0]['val_loss']
@@ -2498,7 +2543,8 @@ def test_chat(chats):
     """The model has learned to answer, and stops. It does not see a message that exceeds the context."""
     assert read_state(chats / 'best')['best_loss'] < 0.2
     answer = chat_with('red\n\ngreen\n', out_dir=chats)
-    assert answer.startswith('[analysis]\nHm.\n[final]\nstop\n') and answer.count('[final]') == 2
+    assert answer.startswith('[analysis]\nHm.\n[final]\nstop\n')
+    assert answer.count('[final]') == 2
     assert chat_with('green ' * 60, out_dir=chats, context=20) == ''
 
 
@@ -2554,7 +2600,8 @@ def test_chat_with_tools(monkeypatch, capsys):
     first, second = converse(monkeypatch, 'Find a.\nIt is here.\n', [call, final])
     assert capsys.readouterr().out == '[commentary to find]\n{"what":"a"}\n[analysis]\nHm.\n[final]\na\n'
     result = '<|start|>functions.find to=assistant<|channel|>commentary<|message|>It is here.<|end|>'
-    assert 'type find = ' in first and second == first + call + result + '<|start|>assistant'
+    assert 'type find = ' in first
+    assert second == first + call + result + '<|start|>assistant'
 
 
 @pytest.mark.parametrize('header, recipient, kind, constrain', [
@@ -2581,7 +2628,8 @@ def test_recipients(header, recipient, kind, constrain, monkeypatch, capsys):
     called = dict(role='assistant', channel=channel, tool_calls=[call])
     assert histories[-1] == [user('Q'), called, dict(role='tool', content='2'),
                              assistant('2', channel='final'), user('Q')]
-    assert prompts[1].count('<|start|>user') == 1 and prompts[2].count('<|start|>user') == 2
+    assert prompts[1].count('<|start|>user') == 1
+    assert prompts[2].count('<|start|>user') == 2
     form = (' ' + '<|constrain|>' * constrain + kind) if kind else ''
     turn = (f' to={recipient}<|channel|>{channel}{form}<|message|>1 + 1<|call|>'
             f'<|start|>{recipient} to=assistant<|channel|>{channel}<|message|>2<|end|><|start|>assistant')
@@ -2608,7 +2656,8 @@ def test_answers_without_form(answer, shown, history, monkeypatch, capsys):
 def test_characters_of_a_chat(chats, monkeypatch, capsys):
     """A message that the tokenizer cannot encode is left out. Input in another encoding is refused."""
     prompts = converse(monkeypatch, 'a\nn\xe9\nb\n', [HI + '<|return|>'] * 2, tokenizer='char')
-    assert len(prompts) == 2 and "left out: the char tokenizer has no 'é'" in capsys.readouterr().err
+    assert len(prompts) == 2
+    assert "left out: the char tokenizer has no 'é'" in capsys.readouterr().err
     flags = [f'--out_dir={chats}', '--device=cpu', '--chat']
     for errors in ('strict', 'surrogateescape'):  # the second in the locale C
         stdin = io.TextIOWrapper(io.BytesIO(b'n\xe9\n'), 'utf-8', errors)
@@ -2739,7 +2788,8 @@ def test_packed_experts_on_gpu(dtype, tolerance, gpu):
     for layer, one, other in zip(*(gpt.model.layers for gpt in (packed, full, expected))):
         for name in model.STACKS:
             stack, matrices, on_cpu = [getattr(each.mlp.experts, name) for each in (layer, one, other)]
-            assert torch.equal(matrices.cpu(), on_cpu) and torch.equal(stack.unpack().to(dtype), matrices)
+            assert torch.equal(matrices.cpu(), on_cpu)
+            assert torch.equal(stack.unpack().to(dtype), matrices)
             assert torch.equal(unpack(stack, torch.arange(5, device=gpu)).to(dtype), matrices)
     idx = torch.randint(97, (2, 100)).to(gpu)
     assert off(packed(idx, idx)[0], full(idx, idx)[0].float()) < tolerance
@@ -2782,7 +2832,8 @@ def test_sample_on_gpu(dtype, more, fox, gpu):
     """A model samples what it has learned, in each dtype."""
     flags = [f'--out_dir={fox}/out', '--max_new_tokens=30', '--num_samples=2', f'--device={gpu}']
     result = run('sample.py', *flags, start='the quick', temperature=0, dtype=dtype, **more)
-    assert result.out.count('the quick brown fox jumps') == 2 and result.err.count('tokens/s') == 2
+    assert result.out.count('the quick brown fox jumps') == 2
+    assert result.err.count('tokens/s') == 2
 
 
 # --- command lines ----------------------------------------------------------------------------------------
@@ -2807,7 +2858,8 @@ def test_settings():
     read = read_settings
     values, given = read('config/tinystories.py', '--batch_size=32', '--start=a=b', '--max_iters=1e3')
     assert values | dict(batch_size=32, block_size=512, start='a=b', max_iters=1000) == values
-    assert given >= {'batch_size', 'block_size', 'hidden_size'} and 'grad_clip' not in given
+    assert given >= {'batch_size', 'block_size', 'hidden_size'}
+    assert 'grad_clip' not in given
     values, _ = read('config/gpt_oss_20b.py')
     with torch.device('meta'):  # published: 20.9 B parameters, 3.6 B active apart from the embedding
         gpt = GPT(GPTConfig(**{key: values[key] for key in GPTConfig.__dataclass_fields__}))
@@ -2878,7 +2930,8 @@ def test_help():
         text = run(script, '--help').out
         for key, (kind, default, _, heading) in config.declared(script).items():
             line, = re.findall(rf'^  --{key}={re.escape(repr(default))} .*', text, re.MULTILINE)
-            assert kind in line and len(line.split()) > 2 and f'\n{heading}\n' in text
+            assert kind in line and len(line.split()) > 2
+            assert f'\n{heading}\n' in text
     command = f'PYTHONUNBUFFERED=1 {sys.executable} {ROOT}/train.py --help | head -3'
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert not done.stderr and len(done.stdout.splitlines()) == 3
@@ -2888,7 +2941,8 @@ def test_bench():
     flags = [*SHAPE, *TUNE[:2], '--rounds=1', '--steps=1', '--new_tokens=4', '--device=cpu']
     run('bench.py', *flags, vocab_size=300, json_file='b.json')
     rows = json.loads(Path('b.json').read_text())['rows']
-    assert [row['row'] for row in rows] == ['train', 'prefill', 'decode'] and rows[0]['MFU'] > 0
+    assert [row['row'] for row in rows] == ['train', 'prefill', 'decode']
+    assert rows[0]['MFU'] > 0
     assert all(row['tokens/s'] > 0 and row['peak GB'] > 0.05 for row in rows)
     assert '512 | 128 | True' in run('bench.py', *flags, '--scale').out
 
@@ -2902,7 +2956,8 @@ def test_bench_learning(fox, monkeypatch):
     ours, _, dense = [SimpleNamespace(**job, seed=0) for job in bench.list_jobs(bench.read_settings())]
     tokens = read_data(fox / 'data')[2]
     rows = bench.open_rows('train', ours)
-    assert len(rows) == len(tokens['train']) - 16 and np.array_equal(rows[-1], tokens['train'][-17:])
+    assert len(rows) == len(tokens['train']) - 16
+    assert np.array_equal(rows[-1], tokens['train'][-17:])
     result = bench.measure_learning(ours)
     count = (len(tokens['val']) - 1) // 16
     x, y = [torch.from_numpy(tokens['val'][i:i + count * 16].astype(int)).view(-1, 16) for i in (0, 1)]
