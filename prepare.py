@@ -63,7 +63,8 @@ SUFFIXES = '.txt', '.md', '.jsonl', '.ndjson', '.json', '.csv', '.parquet'
 PACKED = {'.gz': 'gzip', '.bz2': 'bz2', '.zst': 'zstd'}  # a second suffix
 FILE = re.compile(rf'(.+?)({"|".join(SUFFIXES)})({"|".join(PACKED)})?', re.IGNORECASE | re.DOTALL)
 OFFLINE = '; offline: --dataset=builtin or FILE.txt, --tokenizer=byte, char or bpe, or set TIKTOKEN_CACHE_DIR'
-SPLITS = dict(train='train', validation='val', valid='val', val='val', dev='val', test='test')
+SPLITS = dict(training='train', train='train', validation='val', validate='val', valid='val', val='val',
+              evaluation='val', eval='val', dev='val', testing='test', test='test')  # longer words first
 SPLIT = re.compile(rf'({"|".join(SPLITS)})(?=[-_.*?[\d]|$)', re.IGNORECASE)  # train-0.csv, not training.csv
 
 
@@ -243,7 +244,9 @@ CONTEXTS = 'input', 'context'  # follow a question
 OPTIONS = 'tools builtin_tools reasoning_effort model_identity chat_template_kwargs'.split()
 UNREAD = '''system system_prompt system_message developer developer_message instructions history functions
     documents choices options thinking enable_thinking response_format knowledge_cutoff current_date
-    conversation_start_date chat_template image images audio audios video videos'''.split()  # change a prompt
+    conversation_start_date chat_template template_kwargs reasoningEffort image images audio audios video
+    videos passage document article story background evidence examples hint persona reasoning rationale cot
+    reasoning_content chain_of_thought weight train'''.split()  # would change what is learnt
 skipped = []  # what is wrong with each row that was left out; '' from the fourth on
 
 

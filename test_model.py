@@ -2480,6 +2480,9 @@ def test_nodes(flags):
     launch(*flags, **nodes)
     launch(*flags, **nodes, init_from='resume', max_iters=3, status=2)
     assert 'nodes, which must share it' in Path('b/log1').read_text()
+    Path('a/out').rename('b/out')  # only the second node has a run
+    launch(*flags, **nodes, init_from='resume', max_iters=3, status=2)
+    assert 'nodes, which must share it' in Path('b/log1').read_text()
 
 
 def test_other_data(flags):

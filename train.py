@@ -300,6 +300,7 @@ def check_settings():
     check(block_size <= max_position_embeddings,
           f'block_size ({block_size}) exceeds max_position_embeddings ({max_position_embeddings})')
     check(folder or not lora_rank and not experts, 'lora_rank and experts adapt a model: give --init_from')
+    check(folder or not base, 'base is the model of adapters: give --init_from')
     check(experts in ('', 'mxfp4'), f'experts is {experts!r}; it must be mxfp4 or empty')
     check(not experts or lora_rank, '--experts=mxfp4 needs --lora_rank, because packed experts do not train')
     check(not experts or not fsdp, 'experts=mxfp4 cannot be sharded; leave out --fsdp')
@@ -325,8 +326,10 @@ tokens_per_step = batch_size * gradient_accumulation_steps * block_size
 on_rank_0(check_settings)
 # from here on no setting changes
 device_type = torch.device(device).type
-if resumed and not fsdp:  # each process reads the checkpoint
-    check_same(read_if_there(folder / 'state.json'), f'{folder} differs between nodes, which must share it')
+check_same(given, 'this process was given other settings than rank 0')
+if asked['init_from'] == 'resume' and not fsdp:  # each process reads the checkpoint
+    state_file = (folder or last) / 'state.json'
+    check_same(read_if_there(state_file), f'{state_file} differs between nodes, which must share it')
 
 # --- data ---------------------------------------------------------------------------------------------------
 
