@@ -44,7 +44,10 @@ say "$(date -u +%FT%TZ), commit $(git rev-parse --short HEAD 2> /dev/null)"
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1)"
 say "$($python -c 'import torch; print("torch", torch.__version__)')"
 
-step tests 240 $python -m pytest -q test_model.py --tb=short --show-capture=no --durations=20 -k on_gpu
+workers=
+if $python -c 'import xdist' 2> /dev/null; then workers="-n 4"; fi  # most of their time they compile
+step tests 240 $python -m pytest -q $workers --tb=short --show-capture=no --durations=20 \
+    test_model.py -k on_gpu
 
 step decode 100 $python .ci/gpu.py decode ours config/gpt_oss_20b.py
 step decode 100 $python .ci/gpu.py decode packed config/gpt_oss_20b.py
