@@ -580,7 +580,9 @@ class FlashAttention(torch.autograd.Function):
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, mask is None, **ctx.options)
             y = y.transpose(1, 2)
         kept = torch.sigmoid(lse - sinks.float()[:, None])  # (B, H, T)
-        y = (y * kept.mT[..., None]).to(q.dtype)
+        y = y * kept.mT[..., None]
+        if y.dtype != q.dtype:  # torch 2.11 compiles a .to that changes nothing to a gradient of zero
+            y = y.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, y, lse, *state)
         return y
 
