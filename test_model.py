@@ -2503,7 +2503,8 @@ def chats(tmp_path_factory):
     """out of a run that learned to answer."""
     os.chdir(tmp_path_factory.mktemp('chats'))
     answers = dict(red='stop', green='go', yellow='wait')
-    messages = [[user(color), assistant(answers[color], thinking='Hm.')] for color in list(answers) * 8]
+    turns = [[user(color), assistant(answers[color], thinking='Hm.')] for color in answers]
+    messages = [turn + other for turn in turns for other in turns] * 4
     make_data(write('chats.jsonl', messages), tokenizer='bpe', vocab_size=300)
     size = 2 * np.diff(find_ends('train')).max()
     launch(*SHAPE, *TUNE, data_dir='data', hidden_size=64, block_size=size, max_iters=150, warmup_iters=5)
@@ -2554,7 +2555,7 @@ def test_chat(chats):
 
 def test_long_chats(flags):
     """A row begins with a chat and has a target. A line tells what does not fit, and which size takes all."""
-    messages = [[user('word ' * (300 if i % 4 else 1)), assistant('ok')] for i in range(40)]
+    messages = [[user('word ' * (300 if i % 3 else 1)), assistant('ok')] for i in range(40)]
     make_data(write('chats.jsonl', messages), tokenizer='byte')
     _, _, tokens = read_data()
     flags = [*SHAPE, *flags, '--data_dir=data', '--max_iters=2', '--log_interval=1', '--overwrite']
