@@ -24,7 +24,7 @@ import random
 import re
 import tempfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache, cached_property, partial
@@ -140,8 +140,7 @@ def find_files(name):
     chosen = alone or any(map(SPLIT.match, pattern.parts))  # a split that the user names is what to read
     files = {}
     for file in [name] if alone else sorted(filter(os.path.isfile, found)):
-        suffixes = ' '.join([*SUFFIXES, *map('.txt{}'.format, PACKED)])
-        check(match_file(file), f'{file}: its suffix must be one of {suffixes}')
+        check(match_file(file), f'{file}: its suffix must be one of {" ".join(SUFFIXES)} (.gz .bz2 .zst)')
         words = [] if chosen else filter(None, map(SPLIT.match, Path(file).relative_to(folder).parts))
         files[file] = next((SPLITS[word[1].lower()] for word in words), 'train')
     is_hub = not glob.has_magic(name) and not match_file(name)
@@ -191,19 +190,11 @@ def read_hub(split):
     yield from read_documents(arrow_rows(batches))
 
 
-@cache
-def download(url, folder):
-    """The path of a copy of a URL's file in this folder. The data are read more than once."""
-    copy = os.path.join(tempfile.mkdtemp(dir=folder), 'copy')
-    source, path = fsspec.core.url_to_fs(url)
-    source.get_file(path, copy)
-    return copy
-
-
 def read_file(file, downloads):
-    """Yield the parts of a local file or URL."""
+    """Yield the parts of a local file, or of a URL, which is copied to the folder `downloads` once."""
     _, suffix, packed = match_file(file.lower()).groups()
-    with open(download(file, downloads) if '://' in file else file, 'rb') as stream:
+    options = dict(simplecache=dict(cache_storage=downloads))
+    with fsspec.open(f'simplecache::{file}', **options) if '://' in file else open(file, 'rb') as stream:
         if packed:
             import pyarrow  # finds what other readers of .zst do not: that the file was cut
             stream = io.BufferedReader(pyarrow.CompressedInputStream(stream, PACKED[packed]), PIECE)
@@ -465,14 +456,16 @@ class Chat:
     def turns(self):
         """Texts that teach the answers: up to each final one, and up to calls at the end. Where the next text
         begins with a text, marks included, it teaches the same, and the shorter one is left out."""
-        learnt = {i: one for i, one in enumerate(self.messages, 1)
-                  if one['role'] == 'assistant' and one.get('weight') != 0}
-        ends = [i for i, one in learnt.items()
-                if i == max(learnt) or not one.get('tool_calls') and one.get('channel', 'final') == 'final']
-        rendered = {end: self.render(self.messages[:end]) for end in sorted({*ends, len(self.messages)})}
+        ends = {}  # turn: how many messages there are up to its last one that is learnt
+        turn = 0
+        for i, one in enumerate(self.messages, 1):
+            if one['role'] == 'assistant':
+                ends |= {turn: i} if one.get('weight') != 0 else {}
+                turn += not one.get('tool_calls') and one.get('channel', 'final') == 'final'
+        rendered = {end: self.render(self.messages[:end]) for end in (*ends.values(), len(self.messages))}
         texts = []
-        for end in reversed(ends):
-            begin = rendered[end].removesuffix('<|return|>' + LEARNT) + LEARNT
+        for end in reversed(ends.values()):
+            begin = rendered[end].removesuffix(LEARNT).removesuffix('<|return|>') + LEARNT
             if not (texts and texts[0].startswith(begin)):
                 texts.insert(0, rendered[end])
         return texts
@@ -569,15 +562,15 @@ def read_tokenizer(folder):
     return encoding(name, ranks, special)
 
 
-def encode_text(encoder, text):
-    """Token ids of a text. Special tokens in it are encoded as letters. Raises BadInput."""
+def encode_text(encoder, text, convert=np.ndarray.tolist):
+    """Token ids of a text, in which special tokens are letters. Raises BadInput."""
     if encoder.name == 'char':
         unknown = set(text) - set(map(bytes.decode, encoder.token_byte_values()))
         if unknown:
             names = ', '.join(map(repr, sorted(unknown)[:10]))
             raise BadInput(f'the char tokenizer has no {names} (characters: {len(unknown)}); use bpe or byte')
     if not any(text[i:i + RUN].isspace() for i in range(0, len(text) - RUN + 1, RUN)):
-        return encoder.encode_ordinary(text)
+        return convert(encoder.encode_to_numpy(text, disallowed_special=()))
     # In long runs of white space, tiktoken's regular expressions overflow their stack; tokenizers' do not.
     words = make_splitter(encoder).pre_tokenize_str(text)
     return list(itertools.chain.from_iterable(encoder._encode_single_piece(word) for word, _ in words))
@@ -634,13 +627,12 @@ def train_tokenizer(texts):
 # --- from pieces to tokens ----------------------------------------------------------------------------------
 def divide(sources, chats):
     """Give val_fraction of the documents to val, or of the text where there are fewer than 10."""
-    enough = math.inf if dataset == 'builtin' else max(10, 1 / val_fraction)
     documents = 0
     characters = 0
     for _, document, ends in tqdm(read_pieces(sources, chats), 'counting', leave=False):
         documents += ends
         characters += len(str(document))
-        if documents >= enough:
+        if documents >= max(10, 1 / val_fraction) and dataset != 'builtin':
             break
     if documents < 10 and not chats:
         left = int(characters * (1 - val_fraction))  # for train
@@ -674,36 +666,34 @@ def draw_splits(documents):
 
 def encode_batch(batch, encoder, dtype):
     """[(split, ends, tokens, mask, bytes that are learnt, special tokens read as letters)] of pieces."""
-    encode = encode_prompt if special_tokens else encode_text
+    encode = encode_prompt if special_tokens else partial(encode_text, convert=np.asarray)
     known = encoder.special_tokens_set if special_tokens else ()
     encoded = []
     for split, document, ends in batch:
         if isinstance(document, Chat):
             tokens, mask = encode_turn(encoder, ''.join(turn + END for turn in document.turns))
         else:
-            tokens = encode(encoder, document) + [encoder.eot_token] * ends
+            tokens = np.append(encode(encoder, document), np.full(int(ends), encoder.eot_token))
             mask = []  # all of it is learnt
         learnt = encoder.decode_bytes(list(itertools.compress(tokens, mask))) if mask else document.encode()
         spelled = sum(token[0] not in known for token in SPECIAL.finditer(str(document)))
-        encoded.append((split, ends, np.array(tokens, dtype), bytes(mask), len(learnt), spelled))
+        encoded.append((split, ends, np.asarray(tokens, dtype), bytes(mask), len(learnt), spelled))
     return encoded
 
 
 def encode_pieces(pieces, encoder, dtype):
-    """Yield what encode_batch returns of pieces, from threads. Few pieces are in memory at once."""
-    position = 0
-
-    def number_batch(piece):
-        nonlocal position
-        position += len(str(piece[1]))
-        return position // PIECE
-
-    batches = (list(batch) for _, batch in itertools.groupby(pieces, number_batch))
+    """Yield what encode_batch returns of pieces, from threads, while this one reads on. Few are in memory."""
+    pieces, same = itertools.tee(pieces)
+    sizes = itertools.accumulate(len(str(document)) for _, document, _ in same)
     threads = num_proc or os.cpu_count()
+    running = deque()
     with ThreadPoolExecutor(threads) as pool:
-        while group := list(itertools.islice(batches, 4 * threads)):
-            for encoded in pool.map(partial(encode_batch, encoder=encoder, dtype=dtype), group):
-                yield from encoded
+        for _, batch in itertools.groupby(pieces, lambda _: next(sizes) // PIECE):
+            running.append(pool.submit(encode_batch, list(batch), encoder, dtype))
+            if len(running) > 2 * threads:
+                yield from running.popleft().result()
+        for future in running:
+            yield from future.result()
 
 
 # --- the files of a data folder -----------------------------------------------------------------------------
@@ -798,6 +788,5 @@ def main(downloads):
 
 if __name__ == '__main__':
     globals().update(config.read(__file__)[0])
-    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with fail_on((OSError, BadInput)), temporary as folder:
-        main(folder)
+    with fail_on((OSError, BadInput)), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as downloads:
+        main(downloads)
