@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,7 +126,8 @@ def generate(model, prompt, count, job):
     """Continue a prompt greedily by this many tokens."""
     if job.model == 'ours':
         return model.generate(prompt, count, temperature=0, compile=job.compile)
-    return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    lengths = dict(max_new_tokens=count, min_new_tokens=count)
+    return model.generate(prompt, **lengths, do_sample=False, pad_token_id=0)
 
 
 def measure_time(job, calls, function, *arguments):

@@ -449,7 +449,7 @@ class GPT(nn.Module):
 class KVCache:
     """Keys (after RoPE) and values of one layer, (B, KV, size, hd). Once all slots are used, the newest token
     replaces the oldest: size is the window, without a mask, because softmax ignores the order. Full layers
-    have a slot for all tokens. Shapes stay the same, so that one compiled step serves every token."""
+    have `length` slots. Shapes stay the same, so that one compiled step serves every token."""
 
     def __init__(self, config, layer_type, batch_size, length, dtype, device):
         size = min(length, config.sliding_window) if layer_type == SLIDING else length
@@ -711,7 +711,8 @@ def loop_experts(experts, rows, which, counts):
     return torch.cat(outputs)
 
 
-loop_uncompiled = torch._disable_dynamo(loop_experts)  # numbers of rows are data. It imports the compiler
+# The compiler skips it, because numbers of rows are data. Its first call imports the compiler, in seconds.
+loop_uncompiled = torch._disable_dynamo(loop_experts)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -901,6 +902,8 @@ def from_pretrained(cls, path, dtype=torch.bfloat16, device='cpu', experts=None,
             error = caught
         if stamp(path) == before:
             break
+    else:
+        error = ValueError(f'{path} was replaced ten times while it was read')
     if error:
         raise error
     return model
@@ -994,17 +997,21 @@ def replace_checkpoint(path):
     except BaseException:
         remove_folder(temporary)
         raise
-    if not fixed:
-        put_in_place(new, folder, old)
-    for file in sorted((folder if fixed else old).glob('*')):  # config.json comes before model.safetensors
-        ours = file.is_file() and any(map(file.match, ('config.json', 'model*.safetensors*', 'adapter_*')))
-        if fixed and ours:
+    if fixed:  # sorted, config.json comes before model.safetensors
+        for file in sorted(filter(is_of_checkpoint, folder.iterdir())):
             file.unlink()
-        elif not fixed and not ours:
+        for file in sorted(new.iterdir(), reverse=True):
             file.rename(folder / file.name)
-    for file in sorted(new.glob('*'), reverse=True):
-        file.rename(folder / file.name)
+    else:
+        put_in_place(new, folder, old)
+        for file in old.glob('*'):
+            if not is_of_checkpoint(file):
+                file.rename(folder / file.name)
     remove_folder(temporary)
+
+
+def is_of_checkpoint(file):
+    return file.is_file() and any(map(file.match, ('config.json', 'model*.safetensors*', 'adapter_*')))
 
 
 def put_in_place(new, folder, old):
@@ -1029,13 +1036,13 @@ def remove_folder(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def rename(folder, name):
+def rename(folder, target):
     """Rename a folder. Windows refuses while a reader has a file open, so it is tried for five seconds."""
     for _ in range(10):
         with suppress(PermissionError):
-            return folder.rename(name)
+            return folder.rename(target)
         time.sleep(0.5)
-    folder.rename(name)
+    folder.rename(target)
 
 
 def write_shards(shards, folder, dtype, expert_format):
@@ -1070,7 +1077,7 @@ def num_parameters(model, active=False):
 
 
 def parameter_sizes(model, active):
-    """Yield (name, tensor or MXFP4, how many of its values there are, or how many one token uses)."""
+    """Yield (name, tensor or MXFP4, its number of values or, with active, of those that one token uses)."""
     E, k = model.config.num_local_experts, model.config.num_experts_per_tok
     for name, tensor in stored_tensors(model).items():
         size = tensor.shape.numel()

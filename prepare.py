@@ -64,8 +64,8 @@ PACKED = {'.gz': 'gzip', '.bz2': 'bz2', '.zst': 'zstd'}  # a second suffix
 FILE = re.compile(rf'(.+?)({"|".join(SUFFIXES)})({"|".join(PACKED)})?', re.IGNORECASE | re.DOTALL)
 OFFLINE = '; offline: --dataset=builtin or FILE.txt, --tokenizer=byte, char or bpe, or set TIKTOKEN_CACHE_DIR'
 SPLITS = dict(training='train', train='train', validation='val', validate='val', valid='val', val='val',
-              evaluation='val', eval='val', dev='val', testing='test', test='test')  # longer words first
-SPLIT = re.compile(rf'({"|".join(SPLITS)})(?=[-_.*?[\d]|$)', re.IGNORECASE)  # train-0.csv, not training.csv
+              evaluation='val', eval='val', dev='val', testing='test', test='test')
+SPLIT = re.compile(rf'({"|".join(SPLITS)})(?=[-_.*?[\d]|$)', re.IGNORECASE)  # train-0.csv, not trainer.csv
 
 
 class BadInput(ValueError):
@@ -102,9 +102,10 @@ def open_sources(downloads):
     rest = ', '.join(sources) or 'only files of val_dataset'
     check('train' in sources, f'{dataset} has no split named train, but {rest:.200}; name one: test*.txt')
     used = dict(train=sources['train'], val=held_out or sources.get('val', []))
-    for split, others in sources.items():
-        if others not in used.values():
-            print(f'{dataset}: {split} is left out ({others[0][0]}{", ..." if others[1:] else ""})')
+    for split, others in (*sources.items(), ('val', held_out)):
+        if others and others is not used['train']:
+            role = 'is for validation' if others is used['val'] else 'is left out'
+            print(f'{dataset}: {split} {role} ({others[0][0]}{", ..." if others[1:] else ""})')
     return {split: others for split, others in used.items() if others}
 
 
@@ -350,9 +351,10 @@ def read_row(row):
 def read_chat(row, messages, asked=0):
     """The Chat of a row, whose first `asked` messages are not learnt. Nothing in the row may be lost."""
     chat = Chat(messages, **read_options(row))
-    rules = [str(one.get('content')) for one in chat.messages if one['role'] in ('system', 'developer')]
+    texts = [value for message in chat.messages for value in message.values() if isinstance(value, str)]
     for name in UNREAD:
-        kept = row.get(name) in EMPTY or any(str(row[name]) in text for text in rules)
+        value = row.get(name)
+        kept = value in EMPTY or isinstance(value, str) and any(value in text for text in texts)
         require(kept, f'the column {name} would be lost; move it into the messages, or remove it')
     for message in chat.messages[:asked]:
         if message['role'] == 'assistant':

@@ -68,7 +68,7 @@ def main():
     check_settings()
     if export.lower().endswith('.gguf'):
         with fail_on(ImportError, '; pip install -U gguf'):
-            from gguf.quants import MXFP4  # versions before gpt-oss have none
+            from gguf.quants import MXFP4 as _  # versions before gpt-oss have none
     folders = [Path(out_dir, name) for name in ('best', 'last', 'last.old', '.')]
     found = [folder for folder in folders if any(folder.glob('*config.json'))]
     check(init_from or found, f'{out_dir} holds no checkpoint: python train.py writes one; '
@@ -176,10 +176,10 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
     strings = [] if chat else stop or []
     idx = torch.tensor([prompt] * len(rows), device=model.lm_head.weight.device)
     pays = idx.is_cuda and num_samples * max_new_tokens >= 2000 and has_triton()
-    known = {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
+    gaps = set(range(min(encoder.n_vocab, model.config.vocab_size)))  # tokens without a text
+    gaps -= {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,
-                          window or None, pays if compile is None else compile,
-                          set(range(min(encoder.n_vocab, model.config.vocab_size))) - known, **cached)
+                          window or None, pays if compile is None else compile, gaps, **cached)
     ended = set()
     try:
         with fail_on(ValueError):  # a setting or the prompt is out of range
@@ -262,7 +262,7 @@ class ChatCache:
         for token in draw_rows(self.model, self.encoder, self.window, prompt, [row], **cached):
             if len(row) == 1:
                 self.prompt = prompt
-                self.rings = [(cache.k.clone(), cache.v.clone()) for cache in self.sliding()]
+                self.rings = [(ring.k.clone(), ring.v.clone()) for ring in self.sliding()]
             yield token
 
     def find_kept(self, prompt):
@@ -271,9 +271,9 @@ class ChatCache:
         needed = min(len(prompt) + max_new_tokens, longest)
         fits = self.caches and needed <= self.size and self.caches[0].position.item() <= self.size
         if fits and self.prompt == prompt[:len(self.prompt)] != prompt:
-            for cache, (k, v) in zip(self.sliding(), self.rings):
-                cache.k.copy_(k)
-                cache.v.copy_(v)
+            for ring, (k, v) in zip(self.sliding(), self.rings):
+                ring.k.copy_(k)
+                ring.v.copy_(v)
             return len(self.prompt)
         self.prompt = []
         self.rings = []
@@ -283,8 +283,9 @@ class ChatCache:
         return 0
 
     def sliding(self):
+        """The caches of sliding layers, which are rings."""
         pairs = zip(self.caches, self.model.config.layer_types)
-        return [cache for cache, layer_type in pairs if layer_type == SLIDING]
+        return [ring for ring, layer_type in pairs if layer_type == SLIDING]
 
 
 def converse(answer, encoder, longest):

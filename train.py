@@ -164,6 +164,7 @@ NEW = dict(step=0, sequences=0, tokens=0, skipped=0, best_loss=math.inf, best_st
 OF_A_START = {'out_dir', 'init_from', 'base', 'overwrite', 'eval_only', 'fsdp', 'shard_size'}  # not kept
 POSITIVE = {'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
             'log_interval'}
+STEPS = 'step-[0-9]*'  # the folders of keep_every
 SHAPE = set(GPTConfig.__dataclass_fields__)
 overrides = {key: value for key, value in given.items() if key in SHAPE}  # of a model that is loaded
 
@@ -225,16 +226,21 @@ def take_lock():
     """Lock out_dir, and remove what a run that was killed was writing."""
     with fail_on((OSError, NotImplementedError), f'; is another run writing to {out}?'):
         held = lock.acquire(timeout=0)
-    for unfinished in out.glob('*.new*'):
-        remove_folder(unfinished)
+    remove_unfinished()
     return held
+
+
+def remove_unfinished():
+    for pattern in ('last.new*', 'best.new', f'{STEPS}.new'):
+        for folder in out.glob(pattern):
+            remove_folder(folder)
 
 
 def check_out_dir():
     """Refuse to overwrite a run, unless --overwrite asks for it."""
     with fail_on(OSError):
         out.mkdir(parents=True, exist_ok=True)
-    runs = {path.resolve() for path in (*checkpoints, *out.glob('step-*')) if path.exists()}
+    runs = {path.resolve() for path in (*checkpoints, *out.glob(STEPS)) if path.exists()}
     init_from = asked['init_from']
     check(not runs or init_from == 'resume' or asked['overwrite'],
           f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
@@ -667,8 +673,7 @@ def write_checkpoint(weights, moments):
         if keep_every and state.step % (keep_every * eval_interval) == 0:
             copy_last(f'step-{state.step}')
     except OSError as error:
-        for unfinished in out.glob('*.new*'):  # it may fill the disk
-            remove_folder(unfinished)
+        remove_unfinished()  # it may fill the disk
         config.fail(f'{error}; the checkpoints in {out} are whole')
 
 
@@ -730,7 +735,7 @@ def start_writing():
     # those of a run that is replaced, or the damaged `last`, which must not become the only last.old
     replaced = [last] if folder == last_old else []
     if not resumed:
-        replaced = [*checkpoints, *out.glob('step-*')]
+        replaced = [*checkpoints, *out.glob(STEPS)]
     for old in replaced:
         remove_folder(old)
     with fail_on(OSError):
@@ -762,7 +767,8 @@ def note_signal(number, frame):
 
 
 def end_at_second(signals, written):
-    """End this process at its second signal, even where it waits for a frozen process and handles none."""
+    """End this process at its second signal, even where it waits for a frozen process and handles none.
+    written is the other end of signals, which stays open as long as something refers to it."""
     signals.recv(1)
     os._exit(128 + signals.recv(1)[0])
 

@@ -21,12 +21,6 @@ from pathlib import Path
 # waiting threads spin so long that training beside one busy process is 3 to 30 times slower.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
-# Pipes and files get UTF-8, on Windows too, unless PYTHONIOENCODING is set. stdout replaces what it lacks.
-for stream, errors in (sys.stdin, 'strict'), (sys.stdout, 'replace'), (sys.stderr, 'backslashreplace'):
-    with suppress(AttributeError, OSError, ValueError):  # it is closed, in use, or a notebook's
-        given = stream.isatty() or os.environ.get('PYTHONIOENCODING')
-        stream.reconfigure(encoding=stream.encoding if given else 'utf-8', errors=errors)
-
 ROOT = Path(__file__).parent.parent
 SETTING = re.compile(r'^(?:# (.+)| *([a-z]\w*)(?:: ([^=\n]+))? = (.+?)(?:  # (.*))?)$', re.MULTILINE)
 TEXTS = 'start', 'system', 'text_column', 'wandb_project', 'wandb_run_name'  # elsewhere a first ~ is the home
@@ -78,7 +72,17 @@ def excepthook(kind, error, trace):
     print('\ninterrupted', file=sys.stderr)
 
 
+def set_encodings():
+    """Give pipes and files UTF-8, on Windows too, unless PYTHONIOENCODING is set. stdout replaces what it
+    lacks."""
+    for stream, errors in (sys.stdin, 'strict'), (sys.stdout, 'replace'), (sys.stderr, 'backslashreplace'):
+        with suppress(AttributeError, OSError, ValueError):  # it is closed, in use, or a notebook's
+            given = stream.isatty() or os.environ.get('PYTHONIOENCODING')
+            stream.reconfigure(encoding=stream.encoding if given else 'utf-8', errors=errors)
+
+
 sys.excepthook = excepthook  # no traceback for Ctrl-C
+set_encodings()
 
 
 def read(script, model=False, also=()):

@@ -9,25 +9,34 @@ GIRLS = 'Lily Mia Anna Zoe Rose Ella Nora Ruby Clara Alma'.split()
 BOYS = 'Tom Ben Max Sam Leo Finn Jack Hugo Oscar Theo'.split()
 CHILDREN = [dict(child=name, kind='girl', he='She', his='her') for name in GIRLS]
 CHILDREN += [dict(child=name, kind='boy', he='He', his='his') for name in BOYS]
-FRIENDS = 'Pip Momo Bella Coco Dot Fuzzy Gus Hazel Jojo Kiki Luna Nutmeg Olive Poppy Rusty Tilly'.split()
+FRIENDS = ('Pip Momo Bella Coco Dot Fuzzy Gus Hazel Jojo Kiki '
+           'Luna Nutmeg Olive Poppy Rusty Tilly').split()
 ANIMALS = 'rabbit fox duck bear mouse frog turtle squirrel hedgehog cat puppy goat'.split()
 THINGS = 'ball kite hat drum boat lantern blanket bell cup basket ring book whistle scarf'.split()
 PLACES = 'river forest hill meadow mill lake orchard beach market bridge'.split()
 WORDS = dict(  # drawn anew for each line
-    trait='little kind brave shy clever cheerful quiet funny', sky='sunny windy cloudy foggy warm cold',
-    food='bread soup cake cheese honey nuts berries plums', when='morning afternoon evening',
-    spot='stone tree wall log bush bench', strong='strong sudden warm', count='two three four five',
-    part='knee hand foot nose', size='big small round tall', stuff='sand sticks snow mud',
+    trait='little kind brave shy clever cheerful quiet funny',
+    sky='sunny windy cloudy foggy warm cold',
+    food='bread soup cake cheese honey nuts berries plums',
+    when='morning afternoon evening',
+    spot='stone tree wall log bush bench',
+    strong='strong sudden warm',
+    count='two three four five',
+    part='knee hand foot nose',
+    size='big small round tall',
+    stuff='sand sticks snow mud',
     feeling='sad tired angry bored')
 WORDS = {slot: words.split() for slot, words in WORDS.items()}
 EVENTS = [  # what can happen to the child, the pal and the thing; `tell` fills the {}
     '{pal} was hungry, so {child} put down the {thing} and gave {pal} some {food}.',
-    'Suddenly it began to rain. {child} hid the {thing} under a {spot}, and {pal} sang about the {thing}.',
+    'Suddenly it began to rain. '
+    '{child} hid the {thing} under a {spot}, and {pal} sang about the {thing}.',
     'A {strong} wind took the {thing} over the {place}. '
     '{pal} jumped {count} times and caught the {thing} for {child}.',
     '{child} fell and hurt {his} {part}. '
     '{pal} put some {food} on the {part} and told a joke about the {thing}.',
-    'They built a {size} castle of {stuff} for the {thing}. "I like to play with {stuff}," said {pal}.',
+    'They built a {size} castle of {stuff} for the {thing}. '
+    '"I like to play with {stuff}," said {pal}.',
     'They raced to the {place} and back. {winner} won the {thing}, and {pal} laughed.',
     '{child} lost the {thing} near a {spot}. '
     '{pal} looked for it for {count} hours, and the {thing} was found.',
