@@ -351,10 +351,11 @@ def read_row(row):
 def read_chat(row, messages, asked=0):
     """The Chat of a row, whose first `asked` messages are not learnt. Nothing in the row may be lost."""
     chat = Chat(messages, **read_options(row))
-    texts = [value for message in chat.messages for value in message.values() if isinstance(value, str)]
+    texts = [str(message.get(name)) for message in chat.messages for name in ('content', 'thinking')]
+    lines = '\n'.join(['', *texts, ''])
     for name in UNREAD:
         value = row.get(name)
-        kept = value in EMPTY or isinstance(value, str) and any(value in text for text in texts)
+        kept = value in EMPTY or isinstance(value, str) and f'\n{value.strip()}\n' in lines
         require(kept, f'the column {name} would be lost; move it into the messages, or remove it')
     for message in chat.messages[:asked]:
         if message['role'] == 'assistant':

@@ -2042,7 +2042,7 @@ def test_columns_beside_chats():
     rows = [chat | system | dict(chat_template_kwargs=None), chat | dict(chat_template_kwargs=system)]
     datasets.Dataset.from_list(rows).to_parquet('b.parquet')
     assert read_back('b.parquet') == [document] * 2
-    same = dict(messages=[dict(role='system', content='In French.'), *chat['messages']], developer='French')
+    same = dict(messages=[dict(role='system', content='In French.'), *chat['messages']], system='In French.\n')
     assert read_back(write('c.jsonl', [same | dict(source='x', reasoning_effort=None)] * 2))
 
 
