@@ -24,6 +24,7 @@ import shutil
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -328,10 +329,10 @@ class GPT(nn.Module):
         self.register_buffer('expert_load', load, persistent=False)
         self.register_buffer('balance', torch.zeros((), device=device), persistent=False)
 
-    def hidden_states(self, idx, caches=None):
+    def hidden_states(self, idx, caches=None, layers=None):
         """idx (B, T) -> the final normed states (B, T, D), and the routing of each layer for balance_loss.
 
-        With a KVCache for each layer, idx follows the tokens in the caches."""
+        With a KVCache for each layer, idx follows the tokens in the caches. layers may be compiled ones."""
         x = self.model.embed_tokens(idx)
         device = idx.device.type
         # Under autocast, cast the embeddings once and turn it off: every Linear computes in the dtype of x,
@@ -344,7 +345,7 @@ class GPT(nn.Module):
         cos, sin = rope_tables(self.config, positions, x.dtype)
         routing = []
         with torch.autocast(device, enabled=False):
-            for i, layer in enumerate(self.model.layers):
+            for i, layer in enumerate(layers or self.model.layers):
                 if self.recompute and torch.is_grad_enabled():
                     x, layer_routing = checkpoint(layer, x, cos, sin, use_reentrant=False)
                 else:
@@ -392,9 +393,9 @@ class GPT(nn.Module):
                     loss = loss + self.config.router_aux_loss_coef * balance
         return (logits if return_logits else None), loss
 
-    def next_logits(self, idx, caches):
+    def next_logits(self, idx, caches, layers=None):
         """The logits (B, V) of the token after idx, which follows the tokens in the caches."""
-        x, _ = self.hidden_states(idx, caches)
+        x, _ = self.hidden_states(idx, caches, layers)
         return self.lm_head(x[:, -1])
 
     @torch.no_grad()
@@ -405,14 +406,12 @@ class GPT(nn.Module):
         temperature 0 is greedy. top_k keeps the k likeliest tokens, then min_p those at least this fraction
         as likely as the likeliest, then top_p the likeliest that together reach this probability. Tokens from
         vocab_size on and those in banned, for which there is no text, are never drawn. context cuts
-        the prompt, and what full attention sees. compile compiles the step of one token, which takes a
+        the prompt, and what full attention sees. compile compiles the step of one token, which takes up to a
         minute the first time. caches: those of an earlier call, which hold the first `kept` tokens of idx."""
         if context:
             idx = idx[:, -context:]
         length = idx.size(1) + max_new_tokens
         check_sampling(self.config, idx, length, temperature, top_k, top_p, min_p)
-        if compile:
-            length = math.ceil(length / 512) * 512  # every new length is compiled again
         caches = caches or self.make_caches(idx, min(length, context or length))
         for cache in caches:
             cache.position.fill_(kept)
@@ -422,8 +421,8 @@ class GPT(nn.Module):
         self.eval()
         try:
             for i in range(max_new_tokens):
-                if compile and i == 1:  # after the prompt
-                    step = compile_step(step, caches, idx.is_cuda)
+                if FAST and i == 1:  # after the prompt
+                    step = fast_step(self, idx, caches, compile)
                 logits = step(idx, caches)[:, :vocab_size].float()
                 if banned:
                     logits[:, list(banned)] = -math.inf
@@ -636,15 +635,23 @@ def move_rows(x, place):
 
 def can_gather(experts, x):
     """Whether this is decoding on a GPU or compiled, where nothing should wait for the numbers of rows."""
-    few = len(x) <= 8 and not experts.training and not isinstance(experts, LoRAExperts)
+    few = len(x) <= 8 and not experts.training
     return few and (x.is_cuda or torch.compiler.is_compiling())
 
 
 def gather_experts(experts, x, chosen):
-    """Rows x (N, D), each with k matrices of its own -> (N, k, D). Compiled, it reads these matrices once."""
-    def linear(x, name):  # x (N, k, in) -> (N, k, out)
-        matrices = getattr(experts, name)[chosen].to(x.dtype)  # (N, k, in, out)
-        return (x[..., None] * matrices).sum(2) + getattr(experts, name + '_bias')[chosen].to(x.dtype)
+    """Rows x (N, D), each with k matrices of its own -> (N, k, D)."""
+    def multiply(x, matrices):  # (N, k, in), (N, k, in, out) -> (N, k, out)
+        if torch.compiler.is_compiling():  # to one kernel, which reads the chosen matrices where they are
+            return (x[..., None] * matrices.to(x.dtype)).sum(2)
+        return (x[..., None, :] @ matrices.to(x.dtype)).squeeze(2)
+
+    def linear(x, name):
+        y = multiply(x, getattr(experts, name)[chosen]) + getattr(experts, name + '_bias')[chosen].to(x.dtype)
+        if isinstance(experts, LoRAExperts):
+            a, b = experts.lora[name].matrices()
+            y = y + multiply(multiply(x, a[chosen]), b[chosen]) * experts.lora[name].scale
+        return y
 
     h = swiglu(linear(x[:, None], 'gate_up_proj'), experts.limit)
     return linear(h, 'down_proj')
@@ -761,12 +768,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (dx.float() * grad).to(dx.dtype), dw, None, None  # grad alone may exceed float16
 
 
-def compile_step(step, caches, cuda):
-    """GPT.next_logits as one graph, which serves every token."""
+def fast_step(model, idx, caches, compile):
+    """GPT.next_logits for tokens like idx (B, 1), compiled or not. On CUDA a graph repeats its kernels."""
+    captured = can_capture(idx)
+    step = compile_step(model, caches, by_layer=captured) if compile else model.next_logits
+    if not captured:
+        return step
+    with torch.cuda.device_of(idx):
+        graph = torch.cuda.make_graphed_callables(
+            lambda idx: step(idx, caches), (idx.clone(),), num_warmup_iters=1)
     for cache in caches:
-        for tensor in (cache.k, cache.v, cache.slots, cache.position):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # CUDA graphs change no other inputs
-    return torch.compile(step, mode='reduce-overhead' if cuda else None)
+        cache.position -= 1  # the warm-up stored idx, which the next step stores again
+    return lambda idx, caches: graph(idx)
+
+
+def compile_step(model, caches, by_layer):
+    """GPT.next_logits compiled for caches of every length. By layer it takes a tenth of the time to compile,
+    because one graph serves all layers, but a call for each, which costs time where nothing is captured."""
+    for cache in caches:
+        for tensor, dim in ((cache.k, 2), (cache.v, 2), (cache.slots, 0)):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    if by_layer:
+        return partial(model.next_logits, layers=[torch.compile(layer) for layer in model.model.layers])
+    return torch.compile(model.next_logits)
+
+
+def can_capture(idx):
+    """Whether a step of one token waits for nothing on the host, so that a CUDA graph can repeat it."""
+    return idx.is_cuda and len(idx) <= 8 and not torch.is_autocast_enabled('cuda')
 
 
 # -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from config import check, explain_torch, fail_on
 import codecs
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -39,7 +40,7 @@ base = ''  # folder or hub id of the model of adapters, in place of the one that
 tokenizer_from = ''  # data folder, checkpoint or name of tiktoken; empty: the tokenizer in the model's folder
 experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
-dtype = 'auto'  # bfloat16, float16 or float32; auto: the first that is fast on the device
+dtype = 'auto'  # bfloat16, float16, float32 or, on CUDA, tf32; auto: the first that is fast on the device
 # the text
 start = ''  # text to continue, or FILE:NAME to read it from a file; empty: the end-of-text token
 num_samples = 1  # texts to draw
@@ -52,7 +53,7 @@ min_p = 0.0  # draw from the tokens at least this fraction as likely as the like
 seed = 1337  # of the draws
 stop: list[str] | None = None  # strings that end a text, which is printed without them
 logprobs = False  # print a table: each token, its probability, and the five likeliest tokens in its place
-compile: bool | None = None  # takes a minute; None: on cuda with Triton, from 2000 tokens in all samples on
+compile: bool | None = None  # None: on cuda with Triton, from 2000 steps on, or 500 with packed experts
 # chat
 chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
 system = ''  # instructions that come first
@@ -61,7 +62,7 @@ reasoning_effort = 'medium'  # low, medium or high
 # export
 export = ''  # folder, or FILE.gguf for llama.cpp, to write the model to, adapters merged; auto is bfloat16
 # -----------------------------------------------------------------------------
-BATCH = 16  # texts that are drawn together
+BATCH = 8  # texts that are drawn together, as many as a CUDA graph of decoding takes
 
 
 def main():
@@ -175,7 +176,8 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
     stops = stop_tokens(encoder)
     strings = [] if chat else stop or []
     idx = torch.tensor([prompt] * len(rows), device=model.lm_head.weight.device)
-    pays = idx.is_cuda and num_samples * max_new_tokens >= 2000 and has_triton()
+    steps = max_new_tokens * math.ceil(num_samples / BATCH)
+    pays = idx.is_cuda and steps >= (500 if experts else 2000) and has_triton()
     gaps = set(range(min(encoder.n_vocab, model.config.vocab_size)))  # tokens without a text
     gaps -= {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,

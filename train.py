@@ -96,7 +96,7 @@ wandb_project = 'nano-gpt-oss'  # its project
 wandb_run_name = ''  # its name of the run; empty: out_dir
 # machine
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
-dtype = 'auto'  # bfloat16, float16 (with loss scaling) or float32; auto: what the device is fast in
+dtype = 'auto'  # bfloat16, float16 (with loss scaling), float32 or, on CUDA, tf32; auto: a fast one
 compile: bool | None = None  # torch.compile; None: on cuda with Triton, for runs of over 1e16 FLOPs a GPU
 recompute = False  # activation checkpointing: less memory for a third more time
 fsdp = False  # under torchrun: shard weights, gradients and moments over the processes
@@ -796,8 +796,11 @@ parameters = model.num_parameters()
 active = model.num_parameters(active=True)
 peaks = learning_rate, muon_lr
 rates = ', '.join(f'{type(optimizer).__name__} {peak:g}' for optimizer, peak in zip(optimizers, peaks))
+precision = dtype
+if device_type == 'cuda' and dtype == 'float32' and torch.get_float32_matmul_precision() != 'highest':
+    precision = 'float32 by TF32'  # the user allows it, by dtype or by a variable of PyTorch
 say(f'{parameters:,} parameters, {active:,} of them active for a token; {sizes["train"]:,} training tokens; '
-    f'{world} x {device}, {dtype}{", compiled" if use_compile else ""}; peak rates: {rates}')
+    f'{world} x {device}, {precision}{", compiled" if use_compile else ""}; peak rates: {rates}')
 if eval_only:
     with explain_torch(advice):
         report(evaluate())

@@ -215,7 +215,12 @@ def pick_device(device, dtype):
     elif dtype == 'auto':  # a CPU without bf16 units emulates bf16, up to a hundred times slower than fp32
         units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         dtype = 'bfloat16' if device == 'cpu' and units else 'float32'
-    check(dtype in ('bfloat16', 'float16', 'float32'), f'{dtype!r} is not bfloat16, float16 or float32')
+    known = 'bfloat16', 'float16', 'float32', 'tf32'
+    check(dtype in known, f'dtype {dtype!r} is none of {", ".join(known)}')
+    if dtype == 'tf32':  # fp32 numbers, which products on CUDA round to ten bits of mantissa
+        check(device.startswith('cuda'), f'dtype tf32 is for CUDA; the device is {device}')
+        torch.set_float32_matmul_precision('high')
+        dtype = 'float32'
     if device == 'cpu':  # let malloc reuse the memory that a step frees, which saves 10 % of a step on Linux
         with suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
             ctypes.CDLL(None).mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD: smaller blocks come from a heap
