@@ -24,7 +24,7 @@ import shutil
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -332,7 +332,8 @@ class GPT(nn.Module):
     def hidden_states(self, idx, caches=None, layers=None):
         """idx (B, T) -> the final normed states (B, T, D), and the routing of each layer for balance_loss.
 
-        With a KVCache for each layer, idx follows the tokens in the caches. layers may be compiled ones."""
+        With a KVCache for each layer, idx follows the tokens in the caches. layers, such as compiled ones,
+        replace self.model.layers."""
         x = self.model.embed_tokens(idx)
         device = idx.device.type
         # Under autocast, cast the embeddings once and turn it off: every Linear computes in the dtype of x,
@@ -406,8 +407,8 @@ class GPT(nn.Module):
         temperature 0 is greedy. top_k keeps the k likeliest tokens, then min_p those at least this fraction
         as likely as the likeliest, then top_p the likeliest that together reach this probability. Tokens from
         vocab_size on and those in banned, for which there is no text, are never drawn. context cuts
-        the prompt, and what full attention sees. compile compiles the step of one token, which takes up to a
-        minute the first time. caches: those of an earlier call, which hold the first `kept` tokens of idx."""
+        the prompt, and what full attention sees. compile compiles the step of one token, which takes
+        seconds to minutes, once. caches: of an earlier call, which hold the first `kept` tokens of idx."""
         if context:
             idx = idx[:, -context:]
         length = idx.size(1) + max_new_tokens
@@ -416,6 +417,7 @@ class GPT(nn.Module):
         for cache in caches:
             cache.position.fill_(kept)
         idx = idx[:, kept:]
+        banned = torch.tensor(list(banned), dtype=torch.int64, device=idx.device)
         step = self.next_logits
         training = self.training
         self.eval()
@@ -424,8 +426,7 @@ class GPT(nn.Module):
                 if FAST and i == 1:  # after the prompt
                     step = fast_step(self, idx, caches, compile)
                 logits = step(idx, caches)[:, :vocab_size].float()
-                if banned:
-                    logits[:, list(banned)] = -math.inf
+                logits.index_fill_(1, banned, -math.inf)
                 idx = draw(logits, temperature, top_k, top_p, min_p)  # the newest token; caches hold the rest
                 yield idx.squeeze(1)
         finally:
@@ -633,16 +634,20 @@ def move_rows(x, place):
     return torch.empty_like(x).index_copy_(0, place, x)
 
 
+GATHERED = 8  # rows at most that are gathered: with more, whole experts are read less often
+
+
 def can_gather(experts, x):
-    """Whether this is decoding on a GPU or compiled, where nothing should wait for the numbers of rows."""
-    few = len(x) <= 8 and not experts.training
+    """Whether these are few decoded rows, on a GPU or in compiled code. Sorted by expert, they would make
+    the host wait for the number of rows of each."""
+    few = len(x) <= GATHERED and not experts.training
     return few and (x.is_cuda or torch.compiler.is_compiling())
 
 
 def gather_experts(experts, x, chosen):
     """Rows x (N, D), each with k matrices of its own -> (N, k, D)."""
     def multiply(x, matrices):  # (N, k, in), (N, k, in, out) -> (N, k, out)
-        if torch.compiler.is_compiling():  # to one kernel, which reads the chosen matrices where they are
+        if torch.compiler.is_compiling():  # to one kernel, which reads the chosen matrices without a copy
             return (x[..., None] * matrices.to(x.dtype)).sum(2)
         return (x[..., None, :] @ matrices.to(x.dtype)).squeeze(2)
 
@@ -689,7 +694,7 @@ def group_experts(experts, rows, counts):
         y = torch.addmm(multiply(x, getattr(experts, name)), member, biases)  # biases[expert] needs atomics
         if isinstance(experts, LoRAExperts):
             a, b = experts.lora[name].matrices()
-            y = y + multiply(multiply(x, a), b) * experts.lora[name].scale
+            y = y + multiply(multiply(x, a), b.contiguous()) * experts.lora[name].scale
         return y
 
     return linear(swiglu(linear(rows, 'gate_up_proj'), experts.limit), 'down_proj')
@@ -769,33 +774,44 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def fast_step(model, idx, caches, compile):
-    """GPT.next_logits for tokens like idx (B, 1), compiled or not. On CUDA a graph repeats its kernels."""
-    captured = can_capture(idx)
+    """GPT.next_logits for tokens like idx (B, 1). On CUDA its kernels are captured once and replayed."""
+    captured = idx.is_cuda and len(idx) <= GATHERED
     step = compile_step(model, caches, by_layer=captured) if compile else model.next_logits
     if not captured:
         return step
+    token = idx.clone()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.device_of(idx):
-        graph = torch.cuda.make_graphed_callables(
-            lambda idx: step(idx, caches), (idx.clone(),), num_warmup_iters=1)
-    for cache in caches:
-        cache.position -= 1  # the warm-up stored idx, which the next step stores again
-    return lambda idx, caches: graph(idx)
+        step(token, caches)  # compiles and loads the kernels, which no graph can hold
+        for cache in caches:
+            cache.position -= 1  # the first replay stores this token again
+        with torch.cuda.graph(graph, stream=capture_stream(idx.device)):
+            logits = step(token, caches)
+
+    def replay(idx, caches):
+        token.copy_(idx)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+@cache
+def capture_stream(device):
+    """One for each device. PyTorch's own belongs to the first, and would capture nothing on another."""
+    return torch.cuda.Stream(device)
 
 
 def compile_step(model, caches, by_layer):
-    """GPT.next_logits compiled for caches of every length. By layer it takes a tenth of the time to compile,
-    because one graph serves all layers, but a call for each, which costs time where nothing is captured."""
+    """GPT.next_logits, compiled for caches of every length. by_layer compiles one layer, whose graph serves
+    all layers, in a tenth of the time. A step then makes one call for each layer, which costs the host time
+    unless the step is captured."""
     for cache in caches:
         for tensor, dim in ((cache.k, 2), (cache.v, 2), (cache.slots, 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
     if by_layer:
         return partial(model.next_logits, layers=[torch.compile(layer) for layer in model.model.layers])
     return torch.compile(model.next_logits)
-
-
-def can_capture(idx):
-    """Whether a step of one token waits for nothing on the host, so that a CUDA graph can repeat it."""
-    return idx.is_cuda and len(idx) <= 8 and not torch.is_autocast_enabled('cuda')
 
 
 # -----------------------------------------------------------------------------
@@ -1410,7 +1426,7 @@ class LoRA(nn.Module):
         """A (E, in, rank) and B (E, rank, out)."""
         a = self.lora_A.weight.unflatten(0, (self.count, -1)).mT
         b = self.lora_B.weight.unflatten(1, (-1, self.count)).permute(2, 1, 0)
-        return a, b.contiguous()
+        return a, b
 
     def forward(self, x, e=0):
         a = self.lora_A.weight.unflatten(0, (self.count, -1))[e]

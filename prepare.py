@@ -351,11 +351,11 @@ def read_row(row):
 def read_chat(row, messages, asked=0):
     """The Chat of a row, whose first `asked` messages are not learnt. Nothing in the row may be lost."""
     chat = Chat(messages, **read_options(row))
-    texts = [str(message.get(name)) for message in chat.messages for name in ('content', 'thinking')]
-    lines = '\n'.join(['', *texts, ''])
+    texts = [message.get(name) or '' for message in chat.messages for name in ('content', 'thinking')]
+    lines = strip_lines('\n'.join(texts))
     for name in UNREAD:
         value = row.get(name)
-        kept = value in EMPTY or isinstance(value, str) and f'\n{value.strip()}\n' in lines
+        kept = value in EMPTY or isinstance(value, str) and strip_lines(value) in lines
         require(kept, f'the column {name} would be lost; move it into the messages, or remove it')
     for message in chat.messages[:asked]:
         if message['role'] == 'assistant':
@@ -365,6 +365,11 @@ def read_chat(row, messages, asked=0):
     special = SPECIAL.search(json.dumps([chat.messages, chat.options]))
     require(not special, f'a message holds {special and special[0]}, but its content is text alone')
     return chat
+
+
+def strip_lines(text):
+    """The lines of a text, each without the white space around it and with its end."""
+    return '\n'.join(['', *map(str.strip, text.strip().splitlines()), ''])
 
 
 def read_options(row):

@@ -13,7 +13,6 @@ from config import check, explain_torch, fail_on
 import codecs
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -53,7 +52,7 @@ min_p = 0.0  # draw from the tokens at least this fraction as likely as the like
 seed = 1337  # of the draws
 stop: list[str] | None = None  # strings that end a text, which is printed without them
 logprobs = False  # print a table: each token, its probability, and the five likeliest tokens in its place
-compile: bool | None = None  # None: on cuda with Triton, from 2000 steps on, or 500 with packed experts
+compile: bool | None = None  # None: on cuda with Triton, from 2000 tokens on, or 500 with experts=mxfp4
 # chat
 chat = False  # every line of input is a message of the user; needs a model with the chat tokens of gpt-oss
 system = ''  # instructions that come first
@@ -62,7 +61,7 @@ reasoning_effort = 'medium'  # low, medium or high
 # export
 export = ''  # folder, or FILE.gguf for llama.cpp, to write the model to, adapters merged; auto is bfloat16
 # -----------------------------------------------------------------------------
-BATCH = 8  # texts that are drawn together, as many as a CUDA graph of decoding takes
+BATCH = 8  # texts that are drawn together; GPT.stream captures CUDA graphs of at most 8
 
 
 def main():
@@ -176,8 +175,7 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
     stops = stop_tokens(encoder)
     strings = [] if chat else stop or []
     idx = torch.tensor([prompt] * len(rows), device=model.lm_head.weight.device)
-    steps = max_new_tokens * math.ceil(num_samples / BATCH)
-    pays = idx.is_cuda and steps >= (500 if experts else 2000) and has_triton()
+    pays = idx.is_cuda and num_samples * max_new_tokens >= (500 if experts else 2000) and has_triton()
     gaps = set(range(min(encoder.n_vocab, model.config.vocab_size)))  # tokens without a text
     gaps -= {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,

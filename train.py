@@ -96,7 +96,7 @@ wandb_project = 'nano-gpt-oss'  # its project
 wandb_run_name = ''  # its name of the run; empty: out_dir
 # machine
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
-dtype = 'auto'  # bfloat16, float16 (with loss scaling), float32 or, on CUDA, tf32; auto: a fast one
+dtype = 'auto'  # bfloat16, float16 (with loss scaling), float32, on CUDA tf32; auto: the first that is fast
 compile: bool | None = None  # torch.compile; None: on cuda with Triton, for runs of over 1e16 FLOPs a GPU
 recompute = False  # activation checkpointing: less memory for a third more time
 fsdp = False  # under torchrun: shard weights, gradients and moments over the processes
@@ -798,7 +798,7 @@ peaks = learning_rate, muon_lr
 rates = ', '.join(f'{type(optimizer).__name__} {peak:g}' for optimizer, peak in zip(optimizers, peaks))
 precision = dtype
 if device_type == 'cuda' and dtype == 'float32' and torch.get_float32_matmul_precision() != 'highest':
-    precision = 'float32 by TF32'  # the user allows it, by dtype or by a variable of PyTorch
+    precision = 'float32 by TF32'  # by --dtype=tf32 or by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
 say(f'{parameters:,} parameters, {active:,} of them active for a token; {sizes["train"]:,} training tokens; '
     f'{world} x {device}, {precision}{", compiled" if use_compile else ""}; peak rates: {rates}')
 if eval_only:

@@ -217,8 +217,10 @@ def pick_device(device, dtype):
         dtype = 'bfloat16' if device == 'cpu' and units else 'float32'
     known = 'bfloat16', 'float16', 'float32', 'tf32'
     check(dtype in known, f'dtype {dtype!r} is none of {", ".join(known)}')
-    if dtype == 'tf32':  # fp32 numbers, which products on CUDA round to ten bits of mantissa
-        check(device.startswith('cuda'), f'dtype tf32 is for CUDA; the device is {device}')
+    if dtype == 'tf32':  # fp32 tensors; products of matrices round their inputs to 10 bits of mantissa
+        newer = device.startswith('cuda') and torch.cuda.get_device_properties(device).major >= 8
+        good = newer and not torch.version.hip
+        check(good, f'dtype tf32 needs an NVIDIA GPU with CUDA, sm80 or newer; the device is {device}')
         torch.set_float32_matmul_precision('high')
         dtype = 'float32'
     if device == 'cpu':  # let malloc reuse the memory that a step frees, which saves 10 % of a step on Linux
