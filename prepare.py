@@ -194,8 +194,8 @@ def read_hub(split):
 def read_file(file, downloads):
     """Yield the parts of a local file, or of a URL, which is copied to the folder `downloads` once."""
     _, suffix, packed = match_file(file.lower()).groups()
-    options = dict(simplecache=dict(cache_storage=downloads))
-    with fsspec.open(f'simplecache::{file}', **options) if '://' in file else open(file, 'rb') as stream:
+    require(suffix != '.parquet' or not packed, 'a parquet file is packed inside; unpack the outer one')
+    with open(download(file, downloads) if '://' in file else file, 'rb') as stream:
         if packed:
             import pyarrow  # finds what other readers of .zst do not: that the file was cut
             stream = io.BufferedReader(pyarrow.CompressedInputStream(stream, PACKED[packed]), PIECE)
@@ -210,6 +210,15 @@ def read_file(file, downloads):
             blocks = (io.StringIO(block, newline='') for block in read_blocks(stream))
             lines = itertools.chain.from_iterable(blocks)
             yield from read_documents(csv_rows(lines) if suffix == '.csv' else json_rows(lines))
+
+
+@cache
+def download(url, folder):
+    """The file in a folder that holds a copy of a URL, made by the first call."""
+    files, path = fsspec.url_to_fs(url)
+    copy = os.path.join(folder, str(len(os.listdir(folder))))
+    files.get_file(path, copy)
+    return copy
 
 
 def read_blocks(stream):
@@ -323,6 +332,8 @@ def read_row(row):
     """The text or the Chat of a row. Raises ValueError, of which Null is one."""
     if isinstance(row, ValueError):
         raise row
+    if row is None:
+        raise Null('it is null')
     require(isinstance(row, dict), f'it is no object with columns: {type(row).__name__}')
     columns = find_columns(row)
     chats = columns[0] in ('messages', 'conversations') and not text_column
@@ -462,8 +473,8 @@ class Chat:
 
     @cached_property
     def turns(self):
-        """Texts that teach the answers: up to each final one, and up to calls at the end. Where the next text
-        begins with a text, marks included, it teaches the same, and the shorter one is left out."""
+        """Texts that teach the answers: up to each final one, and up to calls at the end. A text is left out
+        if the next one begins with it, marks included, and does not end in a call where it ends an answer."""
         ends = {}  # turn: how many messages there are up to its last one that is learnt
         turn = 0
         for i, one in enumerate(self.messages, 1):
@@ -472,10 +483,13 @@ class Chat:
                 turn += not one.get('tool_calls') and one.get('channel', 'final') == 'final'
         rendered = {end: self.render(self.messages[:end]) for end in (*ends.values(), len(self.messages))}
         texts = []
+        last = '<|return|>' + LEARNT  # ends an answer
         for end in reversed(ends.values()):
-            begin = rendered[end].removesuffix(LEARNT).removesuffix('<|return|>') + LEARNT
-            if not (texts and texts[0].startswith(begin)):
-                texts.insert(0, rendered[end])
+            text = rendered[end]
+            begin = text.removesuffix(LEARNT).removesuffix('<|return|>') + LEARNT
+            taught = texts and texts[0].startswith(begin)
+            if not taught or text.endswith(last) and not texts[0].endswith(last):
+                texts.insert(0, text)
         return texts
 
     def render(self, messages, **options):
@@ -507,6 +521,8 @@ def read_message(number, message):
         require(name, f'message {number} has {key!r:.40}, which is none of {", ".join(FIELDS)}')
         same = fields.setdefault(name, value) == value
         require(same, f'message {number} has {key!r}, which differs from another {name} of it')
+    if None in message.values() and not fields.keys() & {'content', 'thinking', 'tool_calls'}:
+        raise Null(f'the content of message {number} is null')
     return fields | dict(role=ROLES.get(str(fields.get('role')), fields.get('role')))
 
 

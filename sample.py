@@ -50,7 +50,7 @@ top_k = 0  # draw from the k likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that together reach this probability
 min_p = 0.0  # draw from the tokens at least this fraction as likely as the likeliest
 seed = 1337  # of the draws
-stop: list[str] | None = None  # strings that end a text, which is printed without them
+stop: list[str] | None = None  # strings that end a text and are not printed, as in ox,dog or "['\n']"
 logprobs = False  # print a table: each token, its probability, and the five likeliest tokens in its place
 compile: bool | None = None  # None: on cuda with Triton, from 2000 tokens on, or 500 with experts=mxfp4
 # chat
@@ -106,9 +106,11 @@ def check_settings():
     check(chat or export or not system + tools, 'system and tools are for a chat; add --chat')
     check(all(stop or []), 'stop has an empty string, which every text holds')
     check(not (chat and export), 'chat and export are two tasks; give one of them')
-    with fail_on(UnicodeError, '; start and system must be in UTF-8'):  # Python hides other bytes
-        (start + system).encode()
-    is_free = not os.path.exists(export) or os.path.isdir(export) and not os.listdir(export)
+    texts_alone = stop or logprobs or num_samples > 1
+    check(not (chat and texts_alone), 'stop, logprobs and num_samples are not for a chat; leave out --chat')
+    is_free = not os.path.exists(export)
+    if os.path.isdir(export) and not export.lower().endswith('.gguf'):
+        is_free = not os.listdir(export)
     check(is_free, f'{export} exists already; --export needs a new name or an empty folder')
 
 
@@ -176,10 +178,9 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
     strings = [] if chat else stop or []
     idx = torch.tensor([prompt] * len(rows), device=model.lm_head.weight.device)
     pays = idx.is_cuda and num_samples * max_new_tokens >= (500 if experts else 2000) and has_triton()
-    gaps = set(range(min(encoder.n_vocab, model.config.vocab_size)))  # tokens without a text
-    gaps -= {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,
-                          window or None, pays if compile is None else compile, gaps, **cached)
+                          window or None, pays if compile is None else compile, find_gaps(encoder, model),
+                          **cached)
     ended = set()
     try:
         with fail_on(ValueError):  # a setting or the prompt is out of range
@@ -203,6 +204,12 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
     if is_live():
         print(flush=True)
     print(f'--- {count} tokens{reason}, {count / seconds:.1f} tokens/s', file=sys.stderr)
+
+
+def find_gaps(encoder, model):
+    """The tokens of the model that have no text."""
+    known = {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
+    return sorted({*range(min(encoder.n_vocab, model.config.vocab_size))} - known)
 
 
 def stop_tokens(encoder):
@@ -236,8 +243,11 @@ def print_probabilities(model, encoder, window, prompt, row):
     parts = [torch.tensor([part], device=model.lm_head.weight.device) for part in parts]
     caches = model.make_caches(parts[0], min(window or 2 ** 31, len(prompt) + len(row)))
     logits = torch.cat([model.next_logits(part, caches) for part in parts])[:, :encoder.n_vocab]
+    gaps = find_gaps(encoder, model)
+    logits[:, gaps] = -torch.inf
     probabilities = logits.float().softmax(-1)
-    for token, p, best, likely in zip(row, probabilities, *probabilities.topk(5)):
+    likeliest = probabilities.topk(min(5, logits.size(1) - len(gaps)))
+    for token, p, best, likely in zip(row, probabilities, *likeliest):
         pairs = zip(likely.tolist(), best.tolist())
         others = [f'{encoder.decode([other])!r} {chance:.3f}' for other, chance in pairs]
         print(f'{encoder.decode([token])!r:20} {p[token]:.3f}   {"  ".join(others)}')

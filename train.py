@@ -75,7 +75,7 @@ router_aux_loss_coef = 0.05
 # optimizers and schedule
 max_iters = 380  # optimizer steps in the whole run
 learning_rate = 8e-3  # peak rate of AdamW; by default lower for a model that is loaded, see choose_rates
-muon_lr = 0.007  # peak rate of Muon, which updates the matrices of the layers; 0: AdamW updates them too
+muon_lr = 0.007  # of Muon, which updates the matrices of the layers; 0: AdamW updates them too
 min_lr = 0.0  # rate of AdamW at the end; Muon's falls in proportion
 warmup_iters = 30  # steps of linear warm-up
 lr_schedule = 'linear'  # after it: cosine, linear (flat, then down over the cooldown) or constant
@@ -164,7 +164,6 @@ NEW = dict(step=0, sequences=0, tokens=0, skipped=0, best_loss=math.inf, best_st
 OF_A_START = {'out_dir', 'init_from', 'base', 'overwrite', 'eval_only', 'fsdp', 'shard_size'}  # not kept
 POSITIVE = {'batch_size', 'block_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
             'log_interval'}
-STEPS = 'step-[0-9]*'  # the folders of keep_every
 SHAPE = set(GPTConfig.__dataclass_fields__)
 overrides = {key: value for key, value in given.items() if key in SHAPE}  # of a model that is loaded
 
@@ -199,10 +198,16 @@ def find_newest():
                 return folder, read_state(folder)
             except ValueError as error:
                 say(f'{folder} is damaged: {error}')
-    check(not any(folder.exists() for folder in checkpoints),
-          f'{out} has no readable checkpoint; --init_from={best} --out_dir=NEW starts from its best weights')
+    for folder in (best, *find_kept(), last, last_old):
+        check(not folder.exists(), f'{out} has no readable checkpoint with moments to resume; '
+                                   f'--init_from={folder} --out_dir=NEW starts from its weights')
     check(not asked['eval_only'], f'{out} holds no run to evaluate')
     return None, SimpleNamespace(**NEW)
+
+
+def find_kept():
+    """The folders of keep_every."""
+    return [path for path in out.glob('step-*') if re.fullmatch(r'step-\d+', path.name)]
 
 
 def copy_last(name):
@@ -231,8 +236,8 @@ def take_lock():
 
 
 def remove_unfinished():
-    for pattern in ('last.new*', 'best.new', f'{STEPS}.new'):
-        for folder in out.glob(pattern):
+    for folder in out.glob('*.new*'):
+        if re.fullmatch(r'last\.new.*|(best|step-\d+)\.new', folder.name):
             remove_folder(folder)
 
 
@@ -240,7 +245,7 @@ def check_out_dir():
     """Refuse to overwrite a run, unless --overwrite asks for it."""
     with fail_on(OSError):
         out.mkdir(parents=True, exist_ok=True)
-    runs = {path.resolve() for path in (*checkpoints, *out.glob(STEPS)) if path.exists()}
+    runs = {path.resolve() for path in (*checkpoints, *find_kept()) if path.exists()}
     init_from = asked['init_from']
     check(not runs or init_from == 'resume' or asked['overwrite'],
           f'{out} holds a run: --init_from=resume continues it, --overwrite replaces it')
@@ -301,6 +306,7 @@ def check_settings():
     with fail_on(ValueError):
         GPTConfig(**shape | dict(vocab_size=vocab_size or 1))
     check(learning_rate > 0, 'learning_rate must be above 0')
+    check(min_lr <= learning_rate, f'min_lr ({min_lr:g}) exceeds learning_rate ({learning_rate:g})')
     check(max(beta1, beta2) < 1, 'beta1 and beta2 must be below 1')
     check(lr_schedule in ('cosine', 'linear', 'constant'), 'lr_schedule must be cosine, linear or constant')
     check(block_size <= max_position_embeddings,
@@ -735,7 +741,7 @@ def start_writing():
     # those of a run that is replaced, or the damaged `last`, which must not become the only last.old
     replaced = [last] if folder == last_old else []
     if not resumed:
-        replaced = [*checkpoints, *out.glob(STEPS)]
+        replaced = [*checkpoints, *find_kept()]
     for old in replaced:
         remove_folder(old)
     with fail_on(OSError):

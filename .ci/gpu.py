@@ -1,7 +1,7 @@
 """
 Measure training and decoding of the large shapes on one GPU, for gpu.sh. One row of output for each figure.
 
-    python .ci/gpu.py train ours config/gpt_oss_500m.py      # and a profile by kernel
+    python .ci/gpu.py train ours config/gpt_oss_500m.py      # and a profile by kernel; or fused, for a trial
     python .ci/gpu.py train GptOss config/gpt_oss_500m.py    # transformers'
     python .ci/gpu.py decode ours config/gpt_oss_20b.py      # or packed, or GptOss
 
@@ -32,22 +32,24 @@ def build(job, dtype):
     return model, optimizers
 
 
-def train(job):
+def train(job, fused):
     """Steps of one batch with one optimizer step each. transformers' model is not compiled."""
     model, optimizers = build(job, torch.float32)
     size = job.batch_size, job.block_size + 1
     rows = torch.randint(job.shape.vocab_size, size, device=job.device)
     if job.model == 'ours':
-        model.compile(dynamic=False)
+        options = {'realize_opcount_threshold': 64} if fused else None  # SwiGLU's backward as one kernel
+        model.compile(dynamic=False, options=options)
     call = bench.train_step, model, optimizers, rows, job
-    compiling = 2 * bench.measure_time(job.device, 2, *call)
-    seconds = bench.measure_time(job.device, 2 * job.steps, *call)
+    compiling = 2 * bench.measure_time(job, 2, *call)
+    seconds = bench.measure_time(job, 2 * job.steps, *call)
     speed = job.batch_size * job.block_size / seconds
     with torch.device('meta'):
         flops = GPT(job.shape).flops_per_token(job.block_size)
     share = flops * speed / (config.peak_flops(job.device, job.dtype) or float('nan'))
-    print(f'train {job.model}, {job.batch_size} x {job.block_size}, {job.dtype}: {speed:,.0f} tokens/s, '
-          f'MFU {share:.1%}, {bench.measure_memory(job.device):.1f} GB, first two steps {compiling:.0f} s')
+    print(f'train {job.model}{", fused" if fused else ""}, {job.batch_size} x {job.block_size}, {job.dtype}: '
+          f'{speed:,.0f} tokens/s, MFU {share:.1%}, {bench.measure_memory(job):.1f} GB, '
+          f'first two steps {compiling:.0f} s')
     if job.model == 'ours':
         kind = torch.profiler.ProfilerActivity.CPU
         order = 'self_cpu_time_total'
@@ -55,7 +57,7 @@ def train(job):
             kind = torch.profiler.ProfilerActivity.CUDA
             order = 'self_device_time_total'
         with torch.profiler.profile(activities=[kind]) as profiler:
-            bench.measure_time(job.device, 1, *call)
+            bench.measure_time(job, 1, *call)
         print(profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=110))
 
 
@@ -68,12 +70,12 @@ def pack(model):
             setattr(layer.mlp.experts, name, stack)
 
 
-def measure_bandwidth(device):
+def measure_bandwidth(job):
     """Bytes that a copy reads and writes in a second."""
-    source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
+    source = torch.empty(2 ** 30, dtype=torch.uint8, device=job.device)
     target = torch.empty_like(source)
-    bench.measure_time(device, 2, target.copy_, source)
-    return 2 * len(source) / bench.measure_time(device, 10, target.copy_, source)
+    bench.measure_time(job, 2, target.copy_, source)
+    return 2 * len(source) / bench.measure_time(job, 10, target.copy_, source)
 
 
 def bytes_of_a_token(model):
@@ -100,7 +102,7 @@ def decode(job, packed):
     if packed:
         pack(model)
         name = 'ours, MXFP4'
-    bandwidth = measure_bandwidth(job.device)
+    bandwidth = measure_bandwidth(job)
     print(f'decode {name}, {job.dtype}; a copy moves {bandwidth / 1e9:,.0f} GB/s')
     ways = ['eager steps', 'compile=False', 'compile=True'] if job.model == 'ours' else ['generate']
     for size in (1, 8):
@@ -124,10 +126,10 @@ def measure_decoding(job, model, size, way):
     prompt = torch.randint(job.shape.vocab_size, (size, job.prompt_tokens), device=job.device)
     seconds = []
     for count in (1, PREPARING, PREPARING, PREPARING + timed):
-        seconds.append(bench.measure_time(job.device, 1, function, model, prompt, count, job))
+        seconds.append(bench.measure_time(job, 1, function, model, prompt, count, job))
     return {'tokens/s': size * timed / (seconds[3] - seconds[2]), 's for the first token': seconds[0],
             f's for {PREPARING} tokens the first time': seconds[1], 's the second': seconds[2],
-            'GB': bench.measure_memory(job.device)}
+            'GB': bench.measure_memory(job)}
 
 
 def main():
@@ -137,7 +139,7 @@ def main():
     job.model = 'GptOss' if kind == 'GptOss' else 'ours'
     job.compare = kind == 'GptOss'  # imports transformers
     if work == 'train':
-        train(job)
+        train(job, kind == 'fused')
     else:
         decode(job, kind == 'packed')
 

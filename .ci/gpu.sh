@@ -49,10 +49,11 @@ if $python -c 'import xdist' 2> /dev/null; then workers="-n 4"; fi  # most of th
 step tests 240 $python -m pytest -q $workers --tb=short --show-capture=no --durations=20 \
     test_model.py -k on_gpu
 
-step decode 100 $python .ci/gpu.py decode ours config/gpt_oss_20b.py
-step decode 100 $python .ci/gpu.py decode packed config/gpt_oss_20b.py
+step decode 80 $python .ci/gpu.py decode ours config/gpt_oss_20b.py
+step decode 80 $python .ci/gpu.py decode packed config/gpt_oss_20b.py
 
 step train 80 $python .ci/gpu.py train ours config/gpt_oss_500m.py
+step train 40 $python .ci/gpu.py train fused config/gpt_oss_500m.py
 
 step peers 50 $python .ci/gpu.py decode GptOss config/gpt_oss_20b.py
 step peers 50 $python .ci/gpu.py train GptOss config/gpt_oss_500m.py

@@ -936,3 +936,12 @@ def test_runs_cut_short(undisturbed, tmp_path):
             shutil.copytree(source / 'last', out / 'last')
             assert_refused('train.py', *run(*resume, '--max_iters=25'), out)
             shutil.rmtree(out)
+
+
+@pytest.mark.parametrize('kind', ['train ours', 'train fused', 'train GptOss', 'decode ours', 'decode packed'])
+def test_measurements_of_a_gpu(kind):
+    """What gpu.sh runs on a GPU runs on a CPU too."""
+    flags = ['--device=cpu', '--dtype=float32', '--steps=1', *MODEL]
+    command = [sys.executable, ROOT / '.ci/gpu.py', *kind.split(), ROOT / 'config/default.py', *flags]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0 and 'tokens/s' in said.stdout, said.stderr

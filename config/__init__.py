@@ -134,8 +134,8 @@ def convert(name, value, kind):
     if isinstance(value, str) and base not in ('str', 'text'):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             result = ast.literal_eval(value.capitalize() if value.isalpha() else value)  # true is True
-        if base == 'list[str]' and isinstance(result, str):
-            result = result.split(',')
+        if base == 'list[str]' and not isinstance(result, (list, type(None))):
+            result = value.split(',')
     if result is None and optional:
         return None
     number = type(result) in (int, float) and abs(result) <= sys.float_info.max
@@ -146,6 +146,9 @@ def convert(name, value, kind):
     check(good[base], f'{name}={value!r:.200} must be of type {kind}')
     if base == 'text' and result.startswith('FILE:'):
         return 'FILE:' + convert(name, result.removeprefix('FILE:'), 'str')
+    if base == 'text':  # Python hides bytes of another encoding
+        with fail_on(UnicodeError, f'; {name} must be in UTF-8'):
+            result.encode()
     if base == 'str':
         result = os.path.expanduser(result)
         check(not result.startswith('~'), f'{name}={value}: no user has this home; ./{value} is a name here')
