@@ -362,8 +362,8 @@ def read_row(row):
 def read_chat(row, messages, asked=0):
     """The Chat of a row, whose first `asked` messages are not learnt. Nothing in the row may be lost."""
     chat = Chat(messages, **read_options(row))
-    texts = [message.get(name) or '' for message in chat.messages for name in ('content', 'thinking')]
-    lines = strip_lines('\n'.join(texts))
+    texts = [message.get(name, '') for message in chat.messages for name in ('content', 'thinking')]
+    lines = strip_lines('\n'.join(map(str, texts)))
     for name in UNREAD:
         value = row.get(name)
         kept = value in EMPTY or isinstance(value, str) and strip_lines(value) in lines
