@@ -171,11 +171,11 @@ def is_live():
 
 
 def draw_rows(model, encoder, window, prompt, rows, **cached):
-    """Add tokens that continue a prompt to each of the rows, up to a stop token or, outside of a chat, a stop
-    string. Yield those of the first row, without a stop token. Then print the speed."""
+    """Add tokens that continue a prompt to each of the rows, up to a stop token or a stop string. Yield those
+    of the first row, without a stop token. Then print the speed."""
     began = time.perf_counter()
     stops = stop_tokens(encoder)
-    strings = [] if chat else stop or []
+    strings = stop or []
     idx = torch.tensor([prompt] * len(rows), device=model.lm_head.weight.device)
     pays = idx.is_cuda and num_samples * max_new_tokens >= (500 if experts else 2000) and has_triton()
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,
