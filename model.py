@@ -634,12 +634,12 @@ def move_rows(x, place):
     return torch.empty_like(x).index_copy_(0, place, x)
 
 
-GATHERED = 8  # rows at most that are gathered: with more, whole experts are read less often
+GATHERED = 8  # rows at most; more of them share experts, and reading each expert once is cheaper
 
 
 def can_gather(experts, x):
-    """Whether these are few decoded rows, on a GPU or in compiled code. Sorted by expert, they would make
-    the host wait for the number of rows of each."""
+    """Whether these are few rows outside of training, on a GPU or in compiled code. Sorted by expert, they
+    would make the host wait for the number of rows of each."""
     few = len(x) <= GATHERED and not experts.training
     return few and (x.is_cuda or torch.compiler.is_compiling())
 
@@ -782,7 +782,7 @@ def fast_step(model, idx, caches, compile):
     token = idx.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device_of(idx):
-        step(token, caches)  # compiles and loads the kernels, which no graph can hold
+        step(token, caches)  # compiles and loads the kernels, which is not allowed during capture
         for cache in caches:
             cache.position -= 1  # the first replay stores this token again
         with torch.cuda.graph(graph, stream=capture_stream(idx.device)):
@@ -798,7 +798,7 @@ def fast_step(model, idx, caches, compile):
 
 @cache
 def capture_stream(device):
-    """One for each device. PyTorch's own belongs to the first, and would capture nothing on another."""
+    """One for each device. The default of torch.cuda.graph belongs to the device of the first capture."""
     return torch.cuda.Stream(device)
 
 

@@ -194,7 +194,7 @@ def read_hub(split):
 def read_file(file, downloads):
     """Yield the parts of a local file, or of a URL, which is copied to the folder `downloads` once."""
     _, suffix, packed = match_file(file.lower()).groups()
-    require(suffix != '.parquet' or not packed, 'a parquet file is packed inside; unpack the outer one')
+    require(suffix != '.parquet' or not packed, 'unpack it; parquet is compressed already')
     with open(download(file, downloads) if '://' in file else file, 'rb') as stream:
         if packed:
             import pyarrow  # finds what other readers of .zst do not: that the file was cut
@@ -214,7 +214,7 @@ def read_file(file, downloads):
 
 @cache
 def download(url, folder):
-    """The file in a folder that holds a copy of a URL, made by the first call."""
+    """Copy a URL to a folder, once, and return the path of the copy."""
     files, path = fsspec.url_to_fs(url)
     copy = os.path.join(folder, str(len(os.listdir(folder))))
     files.get_file(path, copy)
@@ -241,13 +241,13 @@ def read_blocks(stream):
 QUESTIONS = 'instruction', 'prompt', 'question'
 ANSWERS = 'output', 'completion', 'answer', 'response'
 CHOICES = [('messages',), ('conversations',), *itertools.product(QUESTIONS, ANSWERS), ('text',)]
-CONTEXTS = 'input', 'context'  # follow a question
+CONTEXTS = 'input', 'context'  # are appended to a question
 OPTIONS = 'tools builtin_tools reasoning_effort model_identity chat_template_kwargs'.split()
 UNREAD = '''system system_prompt system_message developer developer_message instructions history functions
     documents choices options thinking enable_thinking response_format knowledge_cutoff current_date
     conversation_start_date chat_template template_kwargs reasoningEffort image images audio audios video
     videos passage document article story background evidence examples hint persona reasoning rationale cot
-    reasoning_content chain_of_thought weight train'''.split()  # would change what is learnt
+    reasoning_content chain_of_thought weight train'''.split()  # would change what is learnt; refused
 skipped = []  # what is wrong with each row that was left out; '' from the fourth on
 
 
@@ -286,13 +286,18 @@ def csv_rows(lines):
 
 
 def arrow_rows(batches):
-    """Yield the rows of Arrow's batches, without the nulls that it adds to the objects of a chat."""
+    """Yield the rows of Arrow's batches, without the nulls with which it fills the objects of a list."""
     rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
     for number, row in enumerate(rows, 1):
         if any(isinstance(value, list) for value in row.values()):
-            row = json.loads(json.dumps(row), object_hook=lambda fields: {
-                key: value for key, value in fields.items() if value is not None})
+            row = json.loads(json.dumps(row), object_hook=drop_nulls)
         yield f'row {number}', row
+
+
+def drop_nulls(fields):
+    """An object without its nulls, but for the text of a message."""
+    texts = TEXT_OF_A_MESSAGE if fields.keys() & {'role', 'from'} else ()
+    return {key: value for key, value in fields.items() if value is not None or key in texts}
 
 
 def find_columns(names):
@@ -379,7 +384,7 @@ def read_chat(row, messages, asked=0):
 
 
 def strip_lines(text):
-    """The lines of a text, each without the white space around it and with its end."""
+    """A text with all lines stripped, between newlines, so that `in` compares whole lines."""
     return '\n'.join(['', *map(str.strip, text.strip().splitlines()), ''])
 
 
@@ -441,6 +446,7 @@ HARMONY = '<|start|>', '<|message|>', '<|channel|>', '<|end|>', '<|return|>', '<
 FIELDS = {name: name for name in 'role content channel weight thinking tool_calls tool_call_id name'.split()}
 FIELDS |= dict(value='content', train='weight', reasoning='thinking', reasoning_content='thinking')
 FIELDS['from'] = 'role'
+TEXT_OF_A_MESSAGE = 'content', 'value'
 ROLES = dict(human='user', gpt='assistant')  # ShareGPT's names
 EMPTY = None, '', [], {}
 SPECIAL = re.compile(r'<\|(start(oftext)?|message|channel|constrain|end(of\w+)?|return|call|reserved_\d+)\|>')
@@ -474,7 +480,8 @@ class Chat:
     @cached_property
     def turns(self):
         """Texts that teach the answers: up to each final one, and up to calls at the end. A text is left out
-        if the next one begins with it, marks included, and does not end in a call where it ends an answer."""
+        if the next one begins with it, marks included. It stays if it ends in an answer and the next one does
+        not, because only a text's last answer teaches where it ends."""
         ends = {}  # turn: how many messages there are up to its last one that is learnt
         turn = 0
         for i, one in enumerate(self.messages, 1):
@@ -521,7 +528,8 @@ def read_message(number, message):
         require(name, f'message {number} has {key!r:.40}, which is none of {", ".join(FIELDS)}')
         same = fields.setdefault(name, value) == value
         require(same, f'message {number} has {key!r}, which differs from another {name} of it')
-    if None in message.values() and not fields.keys() & {'content', 'thinking', 'tool_calls'}:
+    is_null = any(name in message and message[name] is None for name in TEXT_OF_A_MESSAGE)
+    if is_null and not fields.keys() & {'content', 'thinking', 'tool_calls'}:
         raise Null(f'the content of message {number} is null')
     return fields | dict(role=ROLES.get(str(fields.get('role')), fields.get('role')))
 

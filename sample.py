@@ -35,9 +35,9 @@ from prepare import (END, HARMONY, PATTERNS, BadInput, Chat, byte_characters, en
 # the model
 out_dir = 'out'  # a run of train.py; its best checkpoint is used or, where there is none, its last
 init_from = ''  # folder or hub id of a checkpoint, in place of out_dir
-base = ''  # folder or hub id of the model of adapters, in place of the one that they name
+base = ''  # folder or hub id of the base model of adapters; empty: the one that they name
 tokenizer_from = ''  # data folder, checkpoint or name of tiktoken; empty: the tokenizer in the model's folder
-experts = ''  # mxfp4: keep, or export, the matrices of the experts at four bits a value
+experts = ''  # mxfp4: keep the matrices of the experts at four bits a value, in exports too
 device = 'auto'  # auto (cuda, then mps, then cpu) or a torch device such as cuda:1
 dtype = 'auto'  # bfloat16, float16, float32 or, on CUDA, tf32; auto: the first that is fast on the device
 # the text
@@ -50,7 +50,7 @@ top_k = 0  # draw from the k likeliest tokens; 0: from all
 top_p = 1.0  # draw from the likeliest tokens that together reach this probability
 min_p = 0.0  # draw from the tokens at least this fraction as likely as the likeliest
 seed = 1337  # of the draws
-stop: list[str] | None = None  # strings that end a text and are not printed, as in ox,dog or "['\n']"
+stop: list[str] | None = None  # a text ends before the first of these, as --stop=ox,dog or --stop="['\n']"
 logprobs = False  # print a table: each token, its probability, and the five likeliest tokens in its place
 compile: bool | None = None  # None: on cuda with Triton, from 2000 tokens on, or 500 with experts=mxfp4
 # chat
@@ -104,10 +104,10 @@ def check_settings():
         value = globals()[name]
         check(value in values, f'{name} is {value!r:.99}; it must be in {values}')
     check(chat or export or not system + tools, 'system and tools are for a chat; add --chat')
-    check(all(stop or []), 'stop has an empty string, which every text holds')
+    check(all(stop or []), 'stop has an empty string, which would end every text at once')
     check(not (chat and export), 'chat and export are two tasks; give one of them')
-    texts_alone = stop or logprobs or num_samples > 1
-    check(not (chat and texts_alone), 'stop, logprobs and num_samples are not for a chat; leave out --chat')
+    for_texts = stop or logprobs or num_samples > 1
+    check(not (chat and for_texts), 'a chat takes no stop, logprobs or num_samples; leave out --chat')
     is_free = not os.path.exists(export)
     if os.path.isdir(export) and not export.lower().endswith('.gguf'):
         is_free = not os.listdir(export)
@@ -133,7 +133,7 @@ def read_tokenizer(path):
         pattern = raw['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
         special = {token['content']: token['id'] for token in raw['added_tokens']}
         name = 'bpe'
-        if pattern == PATTERNS['char']:  # byte has the same
+        if pattern == PATTERNS['char']:  # which is that of byte too
             name = 'byte' if b'\xff' in ranks else 'char'
         encoder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         again = json.loads(convert_tokenizer(encoder).to_str())
@@ -143,7 +143,7 @@ def read_tokenizer(path):
 
 
 def print_samples(model, encoder, window):
-    """Print the texts that continue `start`: one while it is drawn, several when their batch has ended."""
+    """Print the texts that continue `start`: a single one as it is drawn, several after their batch."""
     text = start
     with fail_on(ValueError):
         if start.startswith('FILE:'):
@@ -171,16 +171,16 @@ def is_live():
 
 
 def draw_rows(model, encoder, window, prompt, rows, **cached):
-    """Add tokens that continue a prompt to each of the rows, up to a stop token or a stop string. Yield those
-    of the first row, without a stop token. Then print the speed."""
+    """Continue a prompt once for each list in rows, to which the tokens are appended, up to a stop token or a
+    stop string. Yield the first row's tokens, without a stop token. Then print the speed."""
     began = time.perf_counter()
     stops = stop_tokens(encoder)
-    strings = stop or []
     idx = torch.tensor([prompt] * len(rows), device=model.lm_head.weight.device)
+    # An uncompiled step copies the chosen experts of every text, so texts count, not steps.
     pays = idx.is_cuda and num_samples * max_new_tokens >= (500 if experts else 2000) and has_triton()
+    gaps = find_gaps(encoder, model.config.vocab_size)
     tokens = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, min_p, encoder.n_vocab,
-                          window or None, pays if compile is None else compile, find_gaps(encoder, model),
-                          **cached)
+                          window or None, pays if compile is None else compile, gaps, **cached)
     ended = set()
     try:
         with fail_on(ValueError):  # a setting or the prompt is out of range
@@ -189,7 +189,7 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
                     if i in ended:
                         continue
                     rows[i].append(token)
-                    if token in stops or any(string in encoder.decode(rows[i]) for string in strings):
+                    if token in stops or any(string in encoder.decode(rows[i]) for string in stop or []):
                         ended.add(i)
                     if i == 0 and token not in stops:
                         yield token
@@ -206,10 +206,11 @@ def draw_rows(model, encoder, window, prompt, rows, **cached):
     print(f'--- {count} tokens{reason}, {count / seconds:.1f} tokens/s', file=sys.stderr)
 
 
-def find_gaps(encoder, model):
-    """The tokens of the model that have no text."""
+@cache
+def find_gaps(encoder, vocab_size):
+    """Tokens below n_vocab that have no text, as in o200k_harmony. They are never drawn."""
     known = {*encoder._mergeable_ranks.values(), *encoder._special_tokens.values()}
-    return sorted({*range(min(encoder.n_vocab, model.config.vocab_size))} - known)
+    return sorted({*range(min(encoder.n_vocab, vocab_size))} - known)
 
 
 def stop_tokens(encoder):
@@ -243,7 +244,7 @@ def print_probabilities(model, encoder, window, prompt, row):
     parts = [torch.tensor([part], device=model.lm_head.weight.device) for part in parts]
     caches = model.make_caches(parts[0], min(window or 2 ** 31, len(prompt) + len(row)))
     logits = torch.cat([model.next_logits(part, caches) for part in parts])[:, :encoder.n_vocab]
-    gaps = find_gaps(encoder, model)
+    gaps = find_gaps(encoder, model.config.vocab_size)
     logits[:, gaps] = -torch.inf
     probabilities = logits.float().softmax(-1)
     likeliest = probabilities.topk(min(5, logits.size(1) - len(gaps)))

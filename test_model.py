@@ -1814,6 +1814,9 @@ def test_nulls():
     chats = [[user('q'), assistant(answer)] for answer in ('a', 'b', None)]
     out = run('prepare.py', dataset=write('e.jsonl', [*chats, None]), tokenizer='byte', data_dir='e').out
     assert '2 (e.jsonl, line 3: the content of message 2 is null; e.jsonl, line 4: it is null)' in out
+    datasets.Dataset.from_list([dict(messages=chat) for chat in chats]).to_parquet('e.parquet')
+    out = run('prepare.py', dataset='e.parquet', tokenizer='byte', data_dir='f').out
+    assert '1 (e.parquet, row 3: the content of message 2 is null)' in out
     file = write('d.jsonl', [dict(text=None)] * 3)
     refuse(['no text', 'line 1: text is null'], 'prepare.py', '--tokenizer=byte', dataset=file)
 

@@ -198,16 +198,18 @@ def find_newest():
                 return folder, read_state(folder)
             except ValueError as error:
                 say(f'{folder} is damaged: {error}')
-    for folder in (best, *find_kept(), last, last_old):
-        check(not folder.exists(), f'{out} has no readable checkpoint with moments to resume; '
-                                   f'--init_from={folder} --out_dir=NEW starts from its weights')
+    kept = [folder for folder in (best, *find_kept()) if folder.exists()]
+    hint = f'; --init_from={kept[0]} --out_dir=NEW starts from its weights' if kept else ''
+    check(not kept and not last.exists() and not last_old.exists(),
+          f'{out} has no readable checkpoint to resume{hint}')
     check(not asked['eval_only'], f'{out} holds no run to evaluate')
     return None, SimpleNamespace(**NEW)
 
 
 def find_kept():
-    """The folders of keep_every."""
-    return [path for path in out.glob('step-*') if re.fullmatch(r'step-\d+', path.name)]
+    """The folders of keep_every, the newest first."""
+    folders = [path for path in out.glob('step-*') if re.fullmatch(r'step-\d+', path.name)]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def copy_last(name):
@@ -237,7 +239,7 @@ def take_lock():
 
 def remove_unfinished():
     for folder in out.glob('*.new*'):
-        if re.fullmatch(r'last\.new.*|(best|step-\d+)\.new', folder.name):
+        if re.fullmatch(r'(last|best|step-\d+)\.new', folder.name):
             remove_folder(folder)
 
 

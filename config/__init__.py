@@ -134,8 +134,10 @@ def convert(name, value, kind):
     if isinstance(value, str) and base not in ('str', 'text'):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             result = ast.literal_eval(value.capitalize() if value.isalpha() else value)  # true is True
-        if base == 'list[str]' and not isinstance(result, (list, type(None))):
-            result = value.split(',')
+        if base == 'list[str]' and isinstance(result, tuple):
+            result = list(result)
+        elif base == 'list[str]' and result is not None and not isinstance(result, list):
+            result = (result if isinstance(result, str) else value).split(',')
     if result is None and optional:
         return None
     number = type(result) in (int, float) and abs(result) <= sys.float_info.max
