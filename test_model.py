@@ -2803,6 +2803,14 @@ def test_base(fox):
         refuse([folder, f"'{named}': it holds adapters itself"], 'sample.py', *flags, init_from=folder)
 
 
+@pytest.mark.parametrize('value, words', [
+    ('8', ['8']), ('ox,dog', ['ox', 'dog']), ("'a'", ['a']), ("'. ','The'", ['. ', 'The']), ('None', None),
+    ("['\\n']", ['\n']), ("('a', 'b')", ['a', 'b']), ('1,2', ['1', '2'])])
+def test_lists_of_words(value, words):
+    """A list on the command line is a list of Python, or words with commas between them."""
+    assert config.convert('--stop', value, 'list[str] | None') == words
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------
 
 # 8 units of the format's last place; in fp32 more, for long sums in another order

@@ -134,7 +134,7 @@ def convert(name, value, kind):
     if isinstance(value, str) and base not in ('str', 'text'):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             result = ast.literal_eval(value.capitalize() if value.isalpha() else value)  # true is True
-        if base == 'list[str]' and isinstance(result, tuple):
+        if base == 'list[str]' and isinstance(result, tuple) and all(isinstance(one, str) for one in result):
             result = list(result)
         elif base == 'list[str]' and result is not None and not isinstance(result, list):
             result = (result if isinstance(result, str) else value).split(',')
