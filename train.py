@@ -71,6 +71,7 @@ num_hidden_layers = 3
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 32
+sliding_window = 16  # as wide as in gpt-oss, 128, every second seed of the default run needs longer to learn
 router_aux_loss_coef = 0.05
 # optimizers and schedule
 max_iters = 380  # optimizer steps in the whole run

@@ -3,7 +3,7 @@ The shape of openai/gpt-oss-120b: 116.8 B parameters, 5.1 B of them active for a
 
     python sample.py config/gpt_oss_120b.py --start="The capital of France is"
 
-What is not named here (the sliding window of 128, RoPE with YaRN, the SwiGLU's limit) is gpt-oss's in
+What is not named here (RoPE with YaRN, the SwiGLU's limit) is gpt-oss's in
 GPTConfig too. It is there to sample from, to measure and to take apart. Training all of it takes many GPUs
 and --fsdp=True. What each of them needs: python bench.py config/gpt_oss_120b.py --scale
 """
@@ -21,6 +21,7 @@ intermediate_size = 2880
 num_attention_heads = 64
 num_key_value_heads = 8
 head_dim = 64
+sliding_window = 128
 initializer_range = 0.02
 
 batch_size = 1

@@ -21,6 +21,7 @@ intermediate_size = 1024
 num_attention_heads = 16  # wider than hidden_size together, as in gpt-oss
 num_key_value_heads = 4
 head_dim = 64
+sliding_window = 128
 tie_word_embeddings = True
 
 batch_size = 32

@@ -18,6 +18,7 @@ num_hidden_layers = 6
 num_attention_heads = 6
 num_key_value_heads = 2
 head_dim = 64
+sliding_window = 128
 hidden_size = 384
 intermediate_size = 384  # two of 8 experts: a token meets fewer parameters than in nanoGPT
 dropout = 0.2

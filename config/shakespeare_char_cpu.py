@@ -17,6 +17,7 @@ block_size = 64
 num_hidden_layers = 3  # 441 thousand active parameters; nanoGPT has 804 thousand in 4 layers of 128
 hidden_size = 144
 intermediate_size = 96
+sliding_window = 128  # more than block_size: all layers see all
 router_aux_loss_coef = 0.1  # 0.01 learns no more, the busiest expert at 1.9 times an equal share
 
 max_iters = 2000

@@ -17,6 +17,7 @@ num_hidden_layers = 8
 num_attention_heads = 6
 num_key_value_heads = 2
 head_dim = 64
+sliding_window = 128
 hidden_size = 384
 intermediate_size = 384
 tie_word_embeddings = True
