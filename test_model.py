@@ -300,10 +300,7 @@ def cuda(monkeypatch):
     patch(torch.Tensor, 'is_cuda', property(lambda x: True))
     patch(torch.backends.cuda, 'is_flash_attention_available', lambda: True)
     patch(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(major=10))
-    patch(torch.cuda, 'device_of', lambda x: contextlib.nullcontext())
-    patch(torch.cuda, 'CUDAGraph', Recorded)
-    patch(torch.cuda, 'graph', lambda graph, stream: graph)
-    patch(torch.cuda, 'Stream', lambda device: None)
+    patch_graphs(patch)
     patch(F, 'grouped_mm', multiply)
     library = torch.library.Library('aten', 'IMPL')
     library.impl('_flash_attention_forward', forward, 'CPU')
@@ -502,6 +499,13 @@ def test_compiled_decoding(dtype):
             results.append(torch.stack([step(token, caches) for token in idx[:, 20:].split(1, dim=1)]))
     error, eager_error = (off(logits, results[2]) for logits in results[:2])
     assert error < (1e-4 if dtype == torch.float32 else 1.5 * eager_error)
+
+
+def patch_graphs(patch):
+    patch(torch.cuda, 'device_of', lambda x: contextlib.nullcontext())
+    patch(torch.cuda, 'CUDAGraph', Recorded)
+    patch(torch.cuda, 'graph', lambda graph, stream: graph)
+    patch(torch.cuda, 'Stream', lambda device: None)
 
 
 class Recorded(TorchDispatchMode):

@@ -71,7 +71,7 @@ num_hidden_layers = 3
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 32
-sliding_window = 16  # as wide as in gpt-oss, 128, every second seed of the default run needs longer to learn
+sliding_window = 16  # with gpt-oss's 128, some seeds learn later
 router_aux_loss_coef = 0.05
 # optimizers and schedule
 max_iters = 380  # optimizer steps in the whole run
@@ -200,7 +200,9 @@ def find_newest():
             except ValueError as error:
                 say(f'{folder} is damaged: {error}')
     kept = [folder for folder in (best, *find_kept()) if folder.exists()]
-    hint = f'; --init_from={kept[0]} --out_dir=NEW starts from its weights' if kept else ''
+    hint = ''
+    if kept:
+        hint = f'; --init_from={kept[0]} --out_dir=NEW starts from its weights'
     check(not kept and not last.exists() and not last_old.exists(),
           f'{out} has no readable checkpoint to resume{hint}')
     check(not asked['eval_only'], f'{out} holds no run to evaluate')
