@@ -241,7 +241,7 @@ def take_lock():
 
 
 def remove_unfinished():
-    for folder in out.glob('*.new*'):
+    for folder in out.glob('*.new'):
         if re.fullmatch(r'(last|best|step-\d+)\.new', folder.name):
             remove_folder(folder)
 

@@ -938,7 +938,8 @@ def test_runs_cut_short(undisturbed, tmp_path):
             shutil.rmtree(out)
 
 
-@pytest.mark.parametrize('kind', ['train ours', 'train fused', 'train GptOss', 'decode ours', 'decode packed'])
+@pytest.mark.parametrize('kind', [
+    'train ours', 'train fused', 'train GptOss', 'decode ours', 'decode packed'])
 def test_measurements_of_a_gpu(kind):
     """What gpu.sh runs on a GPU runs on a CPU too."""
     flags = ['--device=cpu', '--dtype=float32', '--steps=1', *MODEL]
