@@ -211,8 +211,8 @@ def find_newest():
 
 def find_kept():
     """The folders of keep_every, the newest first."""
-    folders = [path for path in out.glob('step-*') if re.fullmatch(r'step-\d+', path.name)]
-    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+    found = [path for path in filter(Path.is_dir, out.glob('step-*')) if re.fullmatch(r'step-\d+', path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def copy_last(name):
