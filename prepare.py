@@ -446,7 +446,7 @@ HARMONY = '<|start|>', '<|message|>', '<|channel|>', '<|end|>', '<|return|>', '<
 FIELDS = {name: name for name in 'role content channel weight thinking tool_calls tool_call_id name'.split()}
 FIELDS |= dict(value='content', train='weight', reasoning='thinking', reasoning_content='thinking')
 FIELDS['from'] = 'role'
-TEXT_OF_A_MESSAGE = 'content', 'value'
+TEXT_OF_A_MESSAGE = [key for key, name in FIELDS.items() if name == 'content']
 ROLES = dict(human='user', gpt='assistant')  # ShareGPT's names
 EMPTY = None, '', [], {}
 SPECIAL = re.compile(r'<\|(start(oftext)?|message|channel|constrain|end(of\w+)?|return|call|reserved_\d+)\|>')
